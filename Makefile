@@ -1,0 +1,49 @@
+# Two commands: `make quickstart` and `make test`. Each sets itself up in .venv, and can be run again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: help quickstart test check smoke golden clean
+
+help:
+	@echo "make quickstart   install, build a tokenizer, train, evaluate, write $(RUN)/report.html"
+	@echo "make test         install and run the tests"
+	@echo "make check        ruff and pyright"
+	@echo "make smoke        the debug recipe, in seconds"
+	@echo "make golden       check that the debug recipe still gives the recorded losses"
+
+quickstart: $(VENV)/.installed
+	$(BIN)/clip-train quickstart --run-dir $(RUN)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+smoke: $(VENV)/.installed
+	rm -rf runs/debug && $(BIN)/clip-train train debug && $(BIN)/clip-train report runs/debug
+
+golden: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/golden
+
+clean:
+	rm -rf $(VENV) runs
+
+# One stamp for each set of extras: an install happens once, and again when pyproject.toml changes.
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clip-train needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

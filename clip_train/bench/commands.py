@@ -1,0 +1,52 @@
+"""`clip-train bench …`: each benchmark declares its arguments and runs when asked for."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:  # pyright: ignore[reportPrivateUsage]
+    """Add every benchmark."""
+    step = commands.add_parser("step", help="a training step beside open_clip's own loop")
+    add_step_arguments(step)
+    step.set_defaults(run=run_step)
+
+    tokenizer = commands.add_parser(
+        "tokenizer", help="encoding and training beside open_clip, transformers, tokenizers"
+    )
+    add_tokenizer_arguments(tokenizer)
+    tokenizer.set_defaults(run=run_tokenizer)
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", default="quickstart", help="whose model, data and precision (default quickstart)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--against", choices=["open_clip"], default="open_clip")
+    parser.add_argument(
+        "--embedded", action="store_true", help="the embedded pictures and captions instead of the recipe's"
+    )
+    parser.add_argument("--pad", action="store_true", help="ours pads to the cap too, as open_clip does")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="steps a round")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio is smaller")
+
+
+def run_step(args: argparse.Namespace) -> int:
+    from clip_train.bench.step import main
+
+    return main(args)
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    from clip_train.bench.tokenizer import add_arguments
+
+    add_arguments(parser)
+
+
+def run_tokenizer(args: argparse.Namespace) -> int:
+    from clip_train.bench.tokenizer import main
+
+    return main(args)

@@ -1,0 +1,163 @@
+"""From a recipe to modules: the one place where configuration meets the plain keyword arguments of the code below."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+
+from clip_train.config.schema import (
+    AdamW,
+    Constant,
+    ConstantCooldown,
+    Cosine,
+    Recipe,
+    ResNet,
+    Timm,
+    VisionTransformer,
+)
+from clip_train.data.batch import Batch
+from clip_train.data.loader import Loader
+from clip_train.data.stream import Stream, open_source
+from clip_train.data.transforms import Augment, Preprocess
+from clip_train.errors import ConfigError
+from clip_train.models.adapters import TimmTower
+from clip_train.models.base import Tower
+from clip_train.models.resnet import ModifiedResNet
+from clip_train.models.text import TextTransformer
+from clip_train.models.two_tower import TwoTower
+from clip_train.models.vision import VisionTransformer as VisionTransformerTower
+from clip_train.objectives.contrastive import InfoNCE
+from clip_train.training import optimizer as optimizers
+from clip_train.training import schedule as schedules
+from tokenizer import BPETokenizer
+
+
+def build_tokenizer(recipe: Recipe) -> BPETokenizer:
+    """The vocabulary: the shipped one, our JSON, or OpenAI's merges."""
+    path, cap = recipe.tokenizer.path, recipe.tokenizer.context_length
+    try:
+        if path == "default":
+            return BPETokenizer.default(context_length=cap)
+        if path.endswith((".txt", ".txt.gz")):
+            return BPETokenizer.from_openai(path, **({} if cap is None else {"context_length": cap}))
+        return BPETokenizer.load(path, context_length=cap)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer.path = {path!r}: {error}") from error
+
+
+def build_model(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower:
+    """Both towers with fresh weights (paper, section 2.5), on the current default device.
+
+    Raises ConfigError where choices contradict each other.
+    """
+    text = recipe.text
+    try:
+        return TwoTower(
+            image=build_image_tower(recipe),
+            text=TextTransformer(
+                vocab_size=tokenizer.vocab_size,
+                context_length=tokenizer.context_length,
+                width=text.width,
+                layers=text.layers,
+                heads=text.heads,
+                mlp_ratio=text.mlp_ratio,
+                attention=text.attention,
+                pool=text.pool,
+                activation=text.activation,
+            ),
+            embed_dim=recipe.model.embed_dim,
+            init_temperature=recipe.model.init_temperature,
+            max_logit_scale=recipe.model.max_logit_scale,
+        )
+    except ValueError as error:
+        raise ConfigError(f"the towers cannot be built: {error}") from error
+
+
+def build_image_tower(recipe: Recipe) -> Tower:
+    """The image tower of the recipe's kind."""
+    image = recipe.image
+    arguments = image.model_dump(exclude={"kind"})
+    match image:
+        case VisionTransformer():
+            return VisionTransformerTower(**arguments)
+        case ResNet():
+            return ModifiedResNet(**arguments)
+        case Timm():
+            return TimmTower(image.name, image.image_size, pretrained=image.pretrained, **image.arguments)
+        case _:
+            assert_never(image)
+
+
+def build_objective(recipe: Recipe) -> InfoNCE:
+    """The loss."""
+    return InfoNCE(**recipe.loss.model_dump(exclude={"kind"}))
+
+
+def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:
+    """The optimizer over the model's decay groups."""
+    config = recipe.optimizer
+    match config:
+        case AdamW():
+            return optimizers.adamw(
+                model.named_parameters(), no_decay=model.no_weight_decay(), **config.model_dump(exclude={"kind"})
+            )
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The learning rate of the update after `step` updates."""
+    config, lr, steps = recipe.schedule, recipe.optimizer.lr, recipe.training.steps
+    arguments = config.model_dump(exclude={"kind"})
+    match config:
+        case Cosine():
+            return schedules.cosine(step, lr=lr, steps=steps, **arguments)
+        case Constant():
+            return schedules.constant(step, lr=lr, **arguments)
+        case ConstantCooldown():
+            return schedules.constant_cooldown(step, lr=lr, steps=steps, **arguments)
+        case _:
+            assert_never(config)
+
+
+def build_preprocess(recipe: Recipe) -> Preprocess:
+    """How a picture becomes the image tower's input."""
+    return Preprocess(size=recipe.image.image_size, **recipe.preprocess.model_dump())
+
+
+def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, world: int = 1) -> Stream:
+    """The training data as this process sees it. Opens and indexes every shard.
+
+    Raises DataError for missing shards or keys, and where the batch is larger than the data.
+    """
+    data = recipe.data
+    return Stream(
+        [open_source(name, **source.model_dump()) for name, source in data.sources.items()],
+        tokenizer,
+        build_augment(recipe),
+        seed=recipe.training.seed,
+        batch_size=data.batch_size,
+        lanes=data.lanes,
+        window=data.shuffle_window,
+        rank=rank,
+        world=world,
+        cache_decoded=data.cache_decoded,
+    )
+
+
+def build_loader(recipe: Recipe, stream: Stream, first_step: int, *, pin_memory: bool = False) -> Loader[Batch]:
+    """Batches of the steps from `first_step` to the last, read ahead by the recipe's workers."""
+    size = recipe.image.image_size
+    return Loader(
+        stream,
+        range(first_step, recipe.training.steps),
+        workers=recipe.data.workers,
+        pin_memory=pin_memory,
+        item_bytes=3 * size * size * stream.batch_size // stream.world,
+    )
+
+
+def build_augment(recipe: Recipe) -> Augment:
+    """The random views of training."""
+    arguments = recipe.data.augment.model_dump()
+    arguments |= arguments.pop("color")
+    return Augment(size=recipe.image.image_size, interpolation=recipe.preprocess.interpolation, **arguments)

@@ -1,0 +1,158 @@
+"""The commands, thin: each parses its arguments, calls one function and prints what came of it.
+
+Modules that need torch are imported inside the commands, so that `--help` and mistakes in a recipe answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from clip_train.errors import UserError
+
+console = Console(stderr=False, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 2 for a mistake of the user's, 130 and 143 after a signal."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        where = f" (rank {rank})" if rank not in (None, "0") else ""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error{where}:[/]", end=" ")
+        print(error, file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `clip-train … | head`
+        sys.stderr.close()
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="clip-train", description="Contrastive image-text pretraining from scratch.", allow_abbrev=False
+    )
+    from clip_train import __version__
+
+    parser.add_argument("--version", action="version", version=f"clip-train {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train a recipe, or go on with a run")
+    add_recipe_arguments(train)
+    train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the run's newest checkpoint where there is one (default), never, or from this checkpoint",
+    )
+    train.set_defaults(run=run_train)
+
+    quickstart = commands.add_parser("quickstart", help="tokenizer, training, evaluation and report in one go")
+    quickstart.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    quickstart.add_argument("--run-dir", type=Path, metavar="DIR", default=Path("runs/quickstart"))
+    quickstart.set_defaults(run=run_quickstart)
+
+    evaluate = commands.add_parser("eval", help="zero-shot classification and retrieval")
+    evaluate.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
+    evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                          help="change the recipe's evaluation, e.g. evaluation.tasks.NAME.shards=…")  # fmt: skip
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="where eval.json goes; default: the run folder")
+    evaluate.set_defaults(run=run_eval)
+
+    report = commands.add_parser("report", help="write report.html and PNGs into a run folder")
+    report.add_argument("run_dir", type=Path, metavar="RUN")
+    report.set_defaults(run=run_report)
+
+    estimate = commands.add_parser("estimate", help="parameters, FLOPs, memory and days, without allocating anything")
+    add_recipe_arguments(estimate)
+    estimate.add_argument("--devices", type=int, default=8, metavar="K", help="how many (default 8)")
+    estimate.add_argument("--device", default="H100", choices=["A100", "H100", "H200", "L40S", "RTX4090"])
+    estimate.add_argument("--peak-tflops", type=float, metavar="T", help="another device's 16-bit peak")
+    estimate.add_argument("--mfu", type=float, default=0.35, help="model FLOPs utilisation (default 0.35)")
+    estimate.add_argument("--tokens", type=float, metavar="L", help="mean caption length (default: the cap)")
+    estimate.add_argument("--samples", type=float, metavar="N", help="samples to see (default: the recipe's)")
+    estimate.set_defaults(run=run_estimate)
+
+    recipe = commands.add_parser("recipe", help="print the resolved recipe, or the JSON schema of all keys")
+    recipe.add_argument("recipe", nargs="?", help="a TOML file, or the name of a shipped recipe")
+    recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    recipe.add_argument("--schema", action="store_true", help="JSON schema, for editors")
+    recipe.set_defaults(run=run_recipe)
+
+    from tokenizer.commands import add_commands as add_tokenizer_commands
+
+    tokenizer = commands.add_parser("tokenizer", help="train, encode, inspect")
+    add_tokenizer_commands(tokenizer.add_subparsers(title="commands", metavar="COMMAND", required=True))
+
+    from clip_train.bench.commands import add_commands as add_bench_commands
+
+    bench = commands.add_parser("bench", help="ours beside a peer, interleaved")
+    add_bench_commands(bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True))
+    return parser
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe and its overrides, as several commands take them."""
+    parser.add_argument("recipe", help="a TOML file, or the name of a shipped recipe (quickstart)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. text.pool=mean"
+    )
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from clip_train.config import load_recipe
+    from clip_train.launch import run_recipe as launch
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    return launch(recipe, args.run_dir or Path("runs") / recipe.name, resume=args.resume, console=console)
+
+
+def run_quickstart(args: argparse.Namespace) -> int:
+    from clip_train.quickstart import quickstart
+
+    return quickstart(args.run_dir, args.overrides, console)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from clip_train.launch import run_evaluation
+
+    return run_evaluation(args.checkpoint, args.overrides, args.out, console)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from clip_train.evaluation.report import write_report
+
+    console.print(f"report: {write_report(args.run_dir)}", soft_wrap=True)
+    return 0
+
+
+def run_estimate(args: argparse.Namespace) -> int:
+    from clip_train.config import load_recipe
+    from clip_train.estimate import main as estimate
+
+    return estimate(load_recipe(args.recipe, args.overrides), args, console)
+
+
+def run_recipe(args: argparse.Namespace) -> int:
+    import json
+
+    from clip_train.config import Recipe, dump_recipe, load_recipe
+
+    if args.schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
+    elif args.recipe is None:
+        raise UserError("name a recipe, or ask for --schema")
+    else:
+        print(dump_recipe(load_recipe(args.recipe, args.overrides)), end="")
+    return 0

@@ -1,0 +1,320 @@
+"""What a run is, whole: every key a recipe may have, its type, its default and what it does.
+
+Models are frozen and forbid unknown keys. Where there is a choice of kinds, the field is a union tagged by
+`kind`, so that each kind has only the keys that act on it. Nothing below `config` imports this file: modules
+take plain keyword arguments, and `clip_train.build` turns one into the other.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+class Source(Section):
+    """Shards of one kind, and where in a sample its picture and its captions are."""
+
+    shards: str | list[str]
+    """Path, brace pattern (`a-{000..099}.tar`), glob, or a list of them; `embedded:` names shipped data.
+    Relative paths are taken from the recipe's folder, then from the working directory."""
+    image: str = "jpg;jpeg;png;webp"
+    """Extensions of the member that holds the picture, the first present wins."""
+    caption: str = "txt"
+    """Extension of the member that holds the caption, or `json.FIELD` for a field (text or list) of a JSON member."""
+    caption_choice: Literal["first", "random"] = "first"
+    """Which of several captions: the first, or one drawn by (seed, epoch, sample)."""
+    weight: PositiveFloat | None = None
+    """Share of each batch among several sources; the default is proportional to the number of samples."""
+
+
+class ColorJitter(Section):
+    """Largest relative change of each property, drawn uniformly (as in torchvision)."""
+
+    brightness: Fraction = 0.0
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+
+
+class Augment(Section):
+    """Random changes of a training picture, drawn by (seed, epoch, sample)."""
+
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
+    """Share of the area that the random resized crop keeps (OpenCLIP's default is (0.9, 1.0))."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333)
+    """Aspect ratio of the crop."""
+    flip: Fraction = 0.0
+    """Probability of a horizontal flip."""
+    rotate: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
+    """Largest rotation in degrees; the corners are filled with `fill`."""
+    zoom_out: Annotated[float, Field(ge=1.0)] = 1.0
+    """Largest factor by which the picture is shrunk onto a `fill` canvas before cropping."""
+    fill: Annotated[int, Field(ge=0, le=255)] = 255
+    """Grey level behind a rotated or shrunk picture."""
+    color: ColorJitter = ColorJitter()
+    color_probability: Fraction = 0.8
+    """Probability that a picture's colours are changed at all."""
+    grayscale: Fraction = 0.0
+    """Probability of turning the picture grey."""
+
+
+class Data(Section):
+    """What is trained on, and in which order."""
+
+    batch_size: PositiveInt
+    """Pairs in a *global* batch, over all processes."""
+    sources: dict[str, Source]
+    workers: NonNegativeInt = 2
+    """Loader processes for each training process; 0 loads in the training process."""
+    lanes: PositiveInt = 16
+    """Parallel sequences of shards that a batch is dealt from (fewer where there are fewer shards)."""
+    shuffle_window: PositiveInt = 8192
+    """Samples of a lane that are shuffled together."""
+    augment: Augment = Augment()
+    max_bad_fraction: Fraction = 0.01
+    """Share of undecodable samples above which the run stops."""
+    cache_decoded: bool = False
+    """Keep decoded pictures in memory: for sets far smaller than memory."""
+
+    @model_validator(mode="after")
+    def _has_sources(self) -> Data:
+        if not self.sources:
+            raise ValueError("name at least one source: [data.sources.NAME] with `shards`")
+        return self
+
+
+class Preprocess(Section):
+    """How a picture becomes the tower's input; it travels with every export."""
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Literal["shortest", "longest", "squash"] = "shortest"
+    """Evaluation: resize the shortest side and crop the centre, pad the longest, or squash to a square."""
+
+
+class Tokenizer(Section):
+    """Which vocabulary."""
+
+    path: str = "default"
+    """`default` (the shipped 49,152), a vocabulary JSON, or OpenAI's merges (.txt or .gz)."""
+    context_length: PositiveInt | None = None
+    """Longest caption in tokens, SOT and EOT included; the default is the vocabulary's own (76 or 77)."""
+
+
+# -------------------------------------------------------------------------------------------- towers
+
+
+class VisionTransformer(Section):
+    """CLIP's ViT (paper, section 2.4)."""
+
+    kind: Literal["vit"] = "vit"
+    image_size: PositiveInt
+    patch_size: PositiveInt
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    mlp_ratio: PositiveFloat = 4.0
+    pool: Literal["cls", "mean", "map"] = "cls"
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+
+
+class ResNet(Section):
+    """CLIP's ModifiedResNet: three-convolution stem, anti-aliased strides, attention pooling."""
+
+    kind: Literal["resnet"] = "resnet"
+    image_size: PositiveInt
+    layers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+    width: PositiveInt = 64
+    heads: PositiveInt
+
+
+class Timm(Section):
+    """Any timm backbone, its head replaced by CLIP's projection."""
+
+    kind: Literal["timm"] = "timm"
+    name: str
+    image_size: PositiveInt
+    pretrained: bool = False
+    arguments: dict[str, Any] = {}
+    """Passed to `timm.create_model`."""
+
+
+class TextTransformer(Section):
+    """The text tower: CLIP's causal transformer, or its bidirectional twin."""
+
+    kind: Literal["transformer"] = "transformer"
+    width: PositiveInt = 512
+    layers: PositiveInt = 12
+    heads: PositiveInt = 8
+    mlp_ratio: PositiveFloat = 4.0
+    attention: Literal["causal", "bidirectional"] = "causal"
+    pool: Literal["eot", "cls", "mean", "map"] = "eot"
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+
+
+class Joint(Section):
+    """The space both towers project into."""
+
+    embed_dim: PositiveInt = 512
+    init_temperature: PositiveFloat = 0.07
+    """Initial temperature; the learned logit scale starts at its inverse."""
+    max_logit_scale: PositiveFloat = 100.0
+    """The logit scale is clamped to this after every update."""
+
+
+# --------------------------------------------------------------------------------- objective, update
+
+
+class InfoNCE(Section):
+    """The symmetric cross-entropy of CLIP's Figure 3."""
+
+    kind: Literal["infonce"] = "infonce"
+    equal_captions_positive: bool = False
+    """Pairs of a batch whose captions are equal are positives of each other. For clip art; not for web data."""
+
+
+class AdamW(Section):
+    """Decoupled weight decay on matrices and embeddings; none on gains, biases and the logit scale."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
+    eps: PositiveFloat = 1e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
+
+
+class Cosine(Section):
+    """Linear warm-up, then a cosine to `final_lr`."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 2000
+    final_lr: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class Constant(Section):
+    """Linear warm-up, then constant."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: NonNegativeInt = 2000
+
+
+class ConstantCooldown(Section):
+    """Linear warm-up, constant, and over the last steps a decay to `final_lr`."""
+
+    kind: Literal["constant_cooldown"] = "constant_cooldown"
+    warmup_steps: NonNegativeInt = 2000
+    cooldown_steps: PositiveInt
+    cooldown_power: PositiveFloat = 1.0
+    final_lr: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class Training(Section):
+    """The loop."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run; resuming does not change it."""
+    seed: NonNegativeInt = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the towers; weights, optimizer, features and loss stay fp32. fp16 scales the loss."""
+    micro_batch: PositiveInt | None = None
+    """Pairs a process holds activations for. A smaller one than its share turns on gradient caching: the
+    loss still sees every negative of the global batch."""
+    gradient_clip: PositiveFloat | None = None
+    """Largest norm of the gradient."""
+    deterministic: bool = False
+    """Refuse operations that are not reproducible (slower on GPU; CPU runs are reproducible anyway)."""
+    compile: bool = False
+    """torch.compile the blocks of both towers."""
+
+
+class CheckpointPolicy(Section):
+    """When the state is saved. The last step always is."""
+
+    every_steps: NonNegativeInt = 1000
+    """0 turns saving by steps off."""
+    every_minutes: Annotated[float, Field(ge=0.0)] = 15.0
+    """0 turns saving by minutes off."""
+    keep_last: PositiveInt = 3
+    """Older checkpoints are removed."""
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+class ZeroShot(Section):
+    """Classification by the nearest class prompt."""
+
+    kind: Literal["zeroshot"] = "zeroshot"
+    shards: str | list[str]
+    image: str = "jpg;jpeg;png;webp"
+    label: str = "cls"
+    """Member or `json.FIELD` with the class: its index in `classes`, or its name."""
+    classes: str
+    """Text file, one class name a line."""
+    templates: str | list[str] = ["{}"]
+    """Prompts with `{}` for the class name, or a text file of them."""
+
+
+class Retrieval(Section):
+    """Image to text and text to image, with every caption of a picture counted as right."""
+
+    kind: Literal["retrieval"] = "retrieval"
+    shards: str | list[str]
+    image: str = "jpg;jpeg;png;webp"
+    caption: str = "txt"
+
+
+Task = Annotated[ZeroShot | Retrieval, Field(discriminator="kind")]
+
+
+class Evaluation(Section):
+    """What is measured, and when. The last step always is."""
+
+    tasks: dict[str, Task] = {}
+    every_steps: NonNegativeInt = 0
+    """0 evaluates only at the end."""
+    batch_size: PositiveInt = 256
+
+
+class Logging(Section):
+    """Where figures go. `metrics.jsonl` is always written."""
+
+    every_steps: PositiveInt = 10
+    wandb_project: str | None = None
+    """Log to wandb under this project (offline when no key is set)."""
+    tensorboard: bool = False
+
+
+class Recipe(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """The run's folder is `runs/NAME`."""
+    description: str = ""
+    data: Data
+    preprocess: Preprocess = Preprocess()
+    tokenizer: Tokenizer = Tokenizer()
+    image: Annotated[VisionTransformer | ResNet | Timm, Field(discriminator="kind")]
+    text: TextTransformer = TextTransformer()
+    model: Joint = Joint()
+    loss: InfoNCE = InfoNCE()
+    optimizer: AdamW
+    schedule: Annotated[Cosine | Constant | ConstantCooldown, Field(discriminator="kind")] = Cosine()
+    training: Training
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()

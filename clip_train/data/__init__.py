@@ -1,0 +1,1 @@
+"""Shards -> order -> stream -> decode -> transforms -> batch. Start reading at `order`, then `stream`."""

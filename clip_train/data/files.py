@@ -1,0 +1,61 @@
+"""Reading parts of shards: each file is opened once and read at offsets, so that order costs nothing."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+
+from clip_train.data.shards import ShardIndex, local_file
+from clip_train.errors import DataError
+
+
+class ShardFiles:
+    """Open shards, the least recently used closed first.
+
+    Reads name their offset (`pread`), so forked workers may share descriptors: there is no position to fight
+    over.
+    """
+
+    def __init__(self, most_open: int = 64) -> None:
+        self.most_open = most_open
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, index: ShardIndex, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset` of a shard.
+
+        Raises:
+            DataError: the shard has gone, or is no longer the file that was indexed.
+        """
+        try:
+            descriptor = self._descriptor(index)
+            data = os.pread(descriptor, size, offset)
+            while len(data) < size:  # a read may be split by the file system
+                more = os.pread(descriptor, size - len(data), offset + len(data))
+                if not more:
+                    raise DataError(f"{index.shard}: became shorter while it was read. Stop what writes to it.")
+                data += more
+            return data
+        except OSError as error:
+            raise DataError(
+                f"{index.shard}: cannot be read any more ({error.strerror}). Put it back and resume the run."
+            ) from error
+
+    def _descriptor(self, index: ShardIndex) -> int:
+        if index.shard in self._open:
+            self._open.move_to_end(index.shard)
+            return self._open[index.shard]
+        descriptor = os.open(local_file(index.shard), os.O_RDONLY)
+        if os.fstat(descriptor).st_size != index.size:
+            os.close(descriptor)
+            raise DataError(f"{index.shard}: changed after it was indexed. Put the old file back, or start anew.")
+        self._open[index.shard] = descriptor
+        while len(self._open) > self.most_open:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()

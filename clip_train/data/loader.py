@@ -1,0 +1,127 @@
+"""Worker processes: a map from numbers to items, read ahead of time, in order.
+
+torch's DataLoader with the sharp edges off: an error in a worker arrives as itself, a killed worker is an
+error and not a riddle, and Ctrl-C or a scheduler's SIGTERM, which reach every process of the group, leave the
+workers to the trainer, who finishes its step first.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from clip_train.errors import DataError, UserError
+
+Item = TypeVar("Item")
+Item_co = TypeVar("Item_co", covariant=True)
+_SHARED = Path("/dev/shm")
+
+
+class Map(Protocol[Item_co]):
+    """What a loader reads: number -> item."""
+
+    def __getitem__(self, number: int, /) -> Item_co: ...
+
+
+class Loader(Generic[Item]):
+    """Iterates over `items[n] for n in numbers`, computed by worker processes.
+
+    Args:
+        items: a map from numbers to items.
+        numbers: which, in order; `range(first_step, last_step)`.
+        workers: processes; 0 computes in this one.
+        prefetch: items that each worker computes ahead.
+        pin_memory: hand out page-locked tensors, for faster copies to a GPU.
+        item_bytes: about how large an item is, to see in time that it will not fit into shared memory.
+
+    Raises (while iterating):
+        UserError: as `items` raised it; `DataError` where a worker died.
+    """
+
+    def __init__(
+        self,
+        items: Map[Item],
+        numbers: Sequence[int],
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        item_bytes: int = 0,
+    ) -> None:
+        _check_shared_memory(workers * prefetch * item_bytes)
+        self._numbers = numbers
+        self._workers = workers
+        self._loader: DataLoader[Item | UserError] = DataLoader(
+            _Caught(items),
+            sampler=numbers,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_set_up_worker,
+            multiprocessing_context="fork" if workers else None,  # shares the index without copying it
+        )
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Item]:
+        iterator = iter(self._loader)
+        try:
+            for _ in self._numbers:
+                item = self._next(iterator)
+                if isinstance(item, UserError):
+                    raise item
+                yield item
+        finally:
+            if self._workers:  # also where the consumer stops early or fails: leave no process behind
+                iterator._shutdown_workers()  # pyright: ignore  (DataLoader has no public way)
+
+    def _next(self, iterator: Iterator[Item | UserError]) -> Item | UserError:
+        try:
+            return next(iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a loader worker was killed, most often for want of memory: lower data.workers or "
+                f"data.batch_size, or turn data.cache_decoded off. ({error})"
+            ) from error
+
+
+class _Caught(Dataset[Item | UserError], Generic[Item]):
+    """Errors as items: DataLoader would pass them on with another message, or as another type."""
+
+    def __init__(self, items: Map[Item]) -> None:
+        self.items = items
+
+    def __getitem__(self, index: int) -> Item | UserError:
+        try:
+            return self.items[index]
+        except UserError as error:
+            return error
+
+
+def _as_it_is(item: Item) -> Item:
+    return item
+
+
+def _set_up_worker(number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a worker whose trainer is gone ends by itself
+    torch.set_num_threads(1)
+
+
+def _check_shared_memory(needed: int) -> None:
+    if needed and _SHARED.is_dir() and (free := shutil.disk_usage(_SHARED).free) < needed:
+        raise DataError(
+            f"batches in flight need about {needed >> 20} MiB of {_SHARED}, which has {free >> 20} MiB: "
+            "lower data.workers or data.batch_size, or give the container more (docker run --shm-size=8g)"
+        )

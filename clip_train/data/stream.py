@@ -1,0 +1,212 @@
+"""The stream: step number -> this rank's rows of the global batch of that step.
+
+`Stream` is a map from steps to batches: it holds no cursor. What comes next is a number that the trainer
+keeps, so resuming is starting at that number, on any count of ranks and workers, without reading what came
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clip_train.data import columns
+from clip_train.data.batch import BadSample, Batch, Tokenizer
+from clip_train.data.columns import BadSampleError, Column
+from clip_train.data.decode import DecodeError, Pixels, decode
+from clip_train.data.files import ShardFiles
+from clip_train.data.hashing import AUGMENT, CAPTION, SUBSTITUTE, mix, text_hash, uniform
+from clip_train.data.order import Order, Position
+from clip_train.data.shards import ShardIndex, data_fingerprint, index, resolve
+from clip_train.data.transforms import DRAWS, Augment
+from clip_train.errors import DataError
+
+_ATTEMPTS = 16
+"""Bad samples in a row, one substituted for the other, after which the data must be rubbish."""
+
+
+@dataclass(frozen=True, eq=False)
+class SourceData:
+    """The shards of one source, indexed, and where its columns are."""
+
+    name: str
+    indexes: list[ShardIndex]
+    image: tuple[Column, ...]
+    caption: tuple[Column, ...]
+    caption_choice: Literal["first", "random"]
+    weight: float | None
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [len(one) for one in self.indexes]
+
+
+def open_source(
+    name: str,
+    shards: str | list[str],
+    image: str = "jpg;jpeg;png;webp",
+    caption: str = "txt",
+    caption_choice: Literal["first", "random"] = "first",
+    weight: float | None = None,
+    relative_to: Path | None = None,
+) -> SourceData:
+    """Find, index and check a source's shards. No picture is read. Arguments as `[data.sources.NAME]`.
+
+    Raises:
+        DataError: no such shards, a shard is damaged, or lacks a column: before anything is trained.
+    """
+    indexes = [index(shard) for shard in resolve(shards, relative_to)]
+    for one in indexes:
+        columns.check_columns(one, image=image, caption=caption)
+    return SourceData(name, indexes, columns.parse(image), columns.parse(caption), caption_choice, weight)
+
+
+class Stream(torch.utils.data.Dataset[Batch]):
+    """A map from steps to batches.
+
+    Args:
+        sources: one or more sources. Their weights are all given, or none.
+        tokenizer: anything with `encode_batch`.
+        augment: the random views; its `size` is the pictures' side.
+        seed: all order and augmentation is a function of it.
+        batch_size: samples in a global batch.
+        lanes, window: see `clip_train.data.order`.
+        rank, world: this process takes rows `[rank * b, (rank + 1) * b)`, `b = batch_size / world`.
+        cache_decoded: keep decoded pictures in memory, in each process that reads: with `workers = w` this
+            takes
+            w times the pictures' pixels.
+
+    Raises:
+        DataError: no samples, fewer than a batch, a batch that the ranks cannot share, or weights for some
+        sources.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceData],
+        tokenizer: Tokenizer,
+        augment: Augment,
+        *,
+        seed: int,
+        batch_size: int,
+        lanes: int = 16,
+        window: int = 8192,
+        rank: int = 0,
+        world: int = 1,
+        cache_decoded: bool = False,
+    ) -> None:
+        if batch_size % world:
+            raise DataError(f"data.batch_size {batch_size} cannot be shared by {world} processes: make it a multiple")
+        weights = [source.weight for source in sources if source.weight is not None]
+        if weights and len(weights) < len(sources):
+            without = ", ".join(source.name for source in sources if source.weight is None)
+            raise DataError(f"give every source a weight, or none: data.sources {without} has none")
+        self.sources, self.tokenizer, self.augment = list(sources), tokenizer, augment
+        self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
+        self.order = Order([source.counts for source in sources], weights or None, seed, batch_size, lanes, window)
+        self.fingerprint = data_fingerprint(one for source in sources for one in source.indexes)
+        self._files = ShardFiles()
+        self._decoded: dict[tuple[int, int, int], Pixels] | None = {} if cache_decoded else None
+
+    @property
+    def samples(self) -> int:
+        """Samples of all sources: an epoch, where weights are proportional."""
+        return self.order.samples
+
+    def keys(self, step: int) -> list[str]:
+        """Keys of the whole global batch of a step; reads nothing, so bad samples are not replaced."""
+        return [self.sources[p.source].indexes[p.shard].key(p.sample) for p in self.order.batch(step)]
+
+    def __getitem__(self, step: int) -> Batch:
+        """This rank's part of the global batch of a step."""
+        local = self.batch_size // self.world
+        rows = range(self.rank * local, (self.rank + 1) * local)
+        positions = self.order.rows(step, rows.start, rows.stop)
+        draws, choices = self._draws(positions)  # of all at once: many times faster than one by one
+        images = torch.empty((local, 3, self.augment.size, self.augment.size), dtype=torch.uint8)
+        keys: list[str] = []
+        captions: list[str] = []
+        skipped: list[BadSample] = []
+        for row, planned in enumerate(positions):
+            position, pixels, texts = self._usable(planned, skipped)
+            if position != planned:
+                draws[row : row + 1], choices[row : row + 1] = self._draws([position])
+            images[row] = self.augment.crop(pixels, draws[row])
+            keys.append(self._index(position).key(position.sample))
+            first = self.sources[position.source].caption_choice == "first"
+            captions.append(texts[0 if first else int(choices[row]) % len(texts)])
+        ids, lengths = self.tokenizer.encode_batch(captions)
+        return Batch(
+            images=self.augment.batch(images, draws),
+            ids=torch.from_numpy(ids.astype(np.int32, copy=False)),
+            lengths=torch.from_numpy(lengths.astype(np.int32, copy=False)),
+            groups=groups(captions),
+            rows=torch.tensor(rows),
+            keys=keys,
+            sources=[self.sources[position.source].name for position in positions],
+            skipped=skipped,
+        )
+
+    def _usable(self, position: Position, skipped: list[BadSample]) -> tuple[Position, Pixels, list[str]]:
+        """The sample at a position or, where it is bad, the first good one of its substitutes."""
+        original, causes = position, list[str]()
+        for attempt in range(_ATTEMPTS):
+            try:
+                return position, self._pixels(position), self._captions(position)
+            except (BadSampleError, DecodeError) as error:
+                bad = BadSample(self._index(position).shard, self._index(position).key(position.sample), str(error))
+            skipped.append(bad)
+            causes.append(f"{bad.shard}: {bad.key}: {bad.cause}")
+            position = self._substitute(original, attempt)
+        raise DataError(
+            f"{_ATTEMPTS} samples of source {self.sources[original.source].name!r} could not be used, one "
+            "after "
+            f"another: {'; '.join(causes[:3])}. Check the shards and the source's columns."
+        )
+
+    def _substitute(self, bad: Position, attempt: int) -> Position:
+        """Another sample of the same source: a function of the bad one and the attempt, so resuming finds it
+        again.
+        """
+        order = self.order.sources[bad.source]
+        number = int(mix(self.seed, SUBSTITUTE, *bad, attempt) % np.uint64(order.samples))
+        ends = np.cumsum(order.counts)
+        shard = int(np.searchsorted(ends, number, side="right"))
+        return Position(bad.source, shard, number - int(ends[shard] - order.counts[shard]), bad.epoch)
+
+    def _index(self, position: Position) -> ShardIndex:
+        return self.sources[position.source].indexes[position.shard]
+
+    def _pixels(self, position: Position) -> Pixels:
+        place = position[:3]
+        if self._decoded is not None and place in self._decoded:
+            return self._decoded[place]
+        _, data = columns.read(self._files, self._index(position), position.sample, self.sources[position.source].image)
+        pixels = decode(data)
+        if self._decoded is not None:
+            self._decoded[place] = pixels
+        return pixels
+
+    def _captions(self, position: Position) -> list[str]:
+        column = self.sources[position.source].caption
+        return columns.read_captions(*columns.read(self._files, self._index(position), position.sample, column))
+
+    def _draws(self, positions: Sequence[Position]) -> tuple[NDArray[np.float64], NDArray[np.uint64]]:
+        """What is random about samples: (b, DRAWS) uniform numbers for views, (b,) integers for captions."""
+        source, shard, sample, epoch = np.array(positions).T
+        place = (source[:, None], shard[:, None], sample[:, None], epoch[:, None])
+        views = uniform(self.seed, AUGMENT, *place, np.arange(DRAWS))
+        return views, mix(self.seed, CAPTION, source, shard, sample, epoch)
+
+
+def groups(captions: Sequence[str]) -> Tensor:
+    """(b,) int64: a number for each caption, equal where they differ at most in case and white space."""
+    return torch.tensor([text_hash(" ".join(caption.lower().split())) for caption in captions], dtype=torch.int64)

@@ -1,0 +1,161 @@
+"""What a recipe costs before anything is allocated: parameters, FLOPs, memory, samples/s, days.
+
+Memory is a model of one process: weights, gradients and Adam's moments in fp32, the low-precision copies autocast
+keeps of the weights, activations of one micro-batch, and the loss's logits. It is an estimate: ±25 % is usual.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from clip_train.build import build_model, build_tokenizer
+from clip_train.config.schema import Recipe, ResNet, VisionTransformer
+from clip_train.models.flops import forward_flops, parameter_count
+
+GiB = 2**30
+# Dense peak FLOP/s of 16-bit matrix products, from the makers' data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX4090": 165e12}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One recipe on one kind of device."""
+
+    image_parameters: int
+    text_parameters: int
+    parameters: int
+    image_flops: float
+    """Forward FLOPs of a picture."""
+    text_flops: float
+    """Forward FLOPs of a caption of the given length."""
+    state_bytes: int
+    """Weights, gradients, Adam's moments."""
+    activation_bytes: int
+    logit_bytes: int
+    samples_per_second: float
+    """Of all devices."""
+    samples: int
+
+    @property
+    def training_flops(self) -> float:
+        """Forward and backward of a pair."""
+        return 3 * (self.image_flops + self.text_flops)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes + self.logit_bytes
+
+    @property
+    def days(self) -> float:
+        return self.samples / self.samples_per_second / 86_400
+
+
+def estimate(
+    recipe: Recipe,
+    *,
+    devices: int,
+    peak_flops: float,
+    mfu: float,
+    tokens: float | None = None,
+    samples: int | None = None,
+) -> Estimate:
+    """Costs of a recipe on `devices` devices of `peak_flops` FLOP/s at a model FLOPs utilisation of `mfu`.
+
+    `tokens` is the mean caption length (default: the cap, as if nothing were trimmed); `samples` defaults to the
+    recipe's steps times its batch.
+    """
+    tokenizer = build_tokenizer(recipe)
+    with torch.device("meta"):
+        model = build_model(recipe, tokenizer)
+    tokens = float(tokenizer.context_length) if tokens is None else tokens
+    flops = forward_flops(model, tokens)
+    parameters = parameter_count(model)
+    batch = recipe.data.batch_size
+    share = max(1, batch // devices)
+    micro = min(recipe.training.micro_batch or share, share)
+    width = 4 if recipe.training.precision == "fp32" else 2
+    copies = 0 if width == 4 else width
+    return Estimate(
+        image_parameters=parameter_count(model.image) + parameter_count(model.image_projection),
+        text_parameters=parameter_count(model.text) + parameter_count(model.text_projection),
+        parameters=parameters,
+        image_flops=flops.image,
+        text_flops=flops.text,
+        state_bytes=parameters * (4 + 4 + 8 + copies),
+        activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(recipe, tokens))),
+        # Both directions: logits, their softmax and its gradient, fp32, local rows by everybody's columns.
+        logit_bytes=2 * 3 * 4 * share * batch,
+        samples_per_second=devices * peak_flops * mfu / (3 * flops.total),
+        samples=samples or recipe.training.steps * batch,
+    )
+
+
+def _image_activations(recipe: Recipe) -> float:
+    """Values kept for backward of one picture."""
+    image = recipe.image
+    if isinstance(image, VisionTransformer):
+        tokens = (image.image_size // image.patch_size) ** 2 + 1
+        return image.layers * _block_activations(tokens, image.width, image.heads, image.mlp_ratio)
+    if isinstance(image, ResNet):
+        cells, width, total = (image.image_size // 4) ** 2, image.width, 0.0
+        total += 4 * cells * 3 * 2 * width  # stem, at half resolution
+        for stage, depth in enumerate(image.layers):
+            stage_cells, stage_width = cells / 4**stage, width * 2**stage
+            total += (
+                depth * stage_cells * stage_width * 2 * (1 + 1 + 4)
+            )  # input and normalised output of each convolution
+        return total
+    # timm: no structure to read; a ResNet-50's 22 values a pixel is the middle of the field.
+    return 22.0 * 3 * image.image_size**2
+
+
+def _text_activations(recipe: Recipe, tokens: float) -> float:
+    text = recipe.text
+    return text.layers * _block_activations(tokens, text.width, text.heads, text.mlp_ratio)
+
+
+def _block_activations(tokens: float, width: int, heads: int, mlp_ratio: float) -> float:
+    # Two norms in and out, q, k, v, mixed values, two residuals; MLP before and after its activation; attention weights.
+    return tokens * width * (10 + 2 * mlp_ratio) + heads * tokens**2
+
+
+def main(recipe: Recipe, args: argparse.Namespace, console: Console) -> int:
+    """Print one table."""
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else PEAK_FLOPS[args.device]
+    name = f"{args.peak_tflops:g} TFLOP/s" if args.peak_tflops else args.device
+    cost = estimate(
+        recipe,
+        devices=args.devices,
+        peak_flops=peak,
+        mfu=args.mfu,
+        tokens=args.tokens,
+        samples=int(args.samples) if args.samples else None,
+    )
+    table = Table(title=f"{recipe.name} on {args.devices} × {name} at {100 * args.mfu:.0f} % MFU", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = {
+        "parameters": f"{cost.parameters / 1e6:,.1f} M",
+        "  image tower": f"{cost.image_parameters / 1e6:,.1f} M",
+        "  text tower": f"{cost.text_parameters / 1e6:,.1f} M",
+        "forward FLOPs a pair": f"{(cost.image_flops + cost.text_flops) / 1e9:,.2f} G",
+        "  image": f"{cost.image_flops / 1e9:,.2f} G",
+        "  text": f"{cost.text_flops / 1e9:,.2f} G",
+        "training FLOPs a pair": f"{cost.training_flops / 1e9:,.2f} G",
+        "memory a device": f"{cost.memory_bytes / GiB:,.1f} GiB",
+        "  weights, gradients, optimizer": f"{cost.state_bytes / GiB:,.2f} GiB",
+        "  activations": f"{cost.activation_bytes / GiB:,.2f} GiB",
+        "  logits": f"{cost.logit_bytes / GiB:,.2f} GiB",
+        "samples/s": f"{cost.samples_per_second:,.0f}",
+        "samples": f"{cost.samples:,}",
+        "time": f"{cost.days:,.1f} days" if cost.days >= 2 else f"{24 * cost.days:,.1f} hours",
+    }
+    for label, value in rows.items():
+        table.add_row(label, value)
+    console.print(table)
+    return 0

@@ -1,0 +1,167 @@
+"""From the tasks of a recipe to figures: `evaluate` measures, and writes `eval.json` and `eval/TASK.npz`.
+
+The same function serves `clip-train eval` and the evaluations during training, where all ranks call it together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clip_train.config.schema import Retrieval, ZeroShot
+from clip_train.errors import ConfigError
+from clip_train.evaluation.encode import Gather, Loaded, Rows, alone
+from clip_train.evaluation.reading import Advance, Reading, read_lines
+from clip_train.evaluation.retrieval import evaluate_retrieval
+from clip_train.evaluation.zeroshot import EvalResult, evaluate_zeroshot
+
+
+def evaluate(
+    loaded: Loaded,
+    tasks: Mapping[str, ZeroShot | Retrieval],
+    *,
+    device: torch.device | None = None,
+    precision: str = "fp32",
+    batch_size: int = 256,
+    workers: int = 0,
+    relative_to: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gather: Gather = alone,
+    run_dir: Path | None = None,
+    step: int | None = None,
+    console: Console | None = None,
+) -> dict[str, float]:
+    """Run every task and return its figures by flat name, `zeroshot/TASK/top1`, `retrieval/TASK/image_to_text/r@1`.
+
+    All ranks call it with the same arguments but `rank`; `gather` gives each rank everybody's part. Paths of a task
+    are taken from `relative_to`, then from the working directory. Given a `run_dir`, rank 0 writes there `eval.json`
+    (sorted), `eval/TASK.npz` (the rows the report draws) and, given a `step`, a line of `evals.jsonl`.
+
+    Raises ConfigError or DataError (on all ranks) for a task that cannot be measured.
+    """
+    if device is None:
+        device = next(iter(loaded.model.parameters())).device
+    assert device is not None
+    figures: dict[str, float] = {}
+    for name, task in tasks.items():
+        check_task_name(name)
+        started = time.perf_counter()
+        reading = Reading.of(
+            task.shards,
+            loaded.preprocess,
+            relative_to=relative_to,
+            image=task.image,
+            batch_size=batch_size,
+            workers=workers,
+            rank=rank,
+            world=world,
+        )
+        with _progress(console if rank == 0 else None, name, len(reading)) as advance:
+            reading = replace(reading, advance=advance)
+            result = _measure(loaded, task, reading, relative_to, device, precision, gather)
+        figures |= {f"{task.kind}/{name}/{short}": value for short, value in result.metrics.items()}
+        if console is not None and rank == 0:
+            console.print(f"{headline(name, task, result)} ({time.perf_counter() - started:.1f} s)")
+        if run_dir is not None and rank == 0:
+            write_rows(run_dir / "eval" / f"{name}.npz", result.rows)
+    if run_dir is not None and rank == 0:
+        write_figures(run_dir, figures, step)
+    return figures
+
+
+def _measure(
+    loaded: Loaded,
+    task: ZeroShot | Retrieval,
+    reading: Reading,
+    relative_to: Path | None,
+    device: torch.device,
+    precision: str,
+    gather: Gather,
+) -> EvalResult:
+    if isinstance(task, ZeroShot):
+        return evaluate_zeroshot(
+            loaded,
+            replace(reading, label=task.label),
+            read_lines(task.classes, relative_to),
+            read_templates(task, relative_to),
+            device=device,
+            precision=precision,
+            gather=gather,
+        )
+    reading = replace(reading, caption=task.caption)
+    return evaluate_retrieval(loaded, reading, device=device, precision=precision, gather=gather)
+
+
+def read_templates(task: ZeroShot, relative_to: Path | None = None) -> list[str]:
+    """The prompts of a task: given in place, or one a line in the file that `templates` names."""
+    if isinstance(task.templates, str):
+        return [task.templates] if "{}" in task.templates else read_lines(task.templates, relative_to)
+    return list(task.templates)
+
+
+def headline(name: str, task: ZeroShot | Retrieval, result: EvalResult) -> str:
+    """One line for the console."""
+    m = result.metrics
+    if isinstance(task, ZeroShot):
+        return (
+            f"[bold]{name}[/]: top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} of {m['samples']:,.0f} pictures among "
+            f"{m['classes']:,.0f} classes (chance {m['chance']:.2%}, majority {m['majority']:.2%})"
+        )
+    return (
+        f"[bold]{name}[/]: R@10 image to text {m['image_to_text/r@10']:.1%} "
+        f"(chance {m['image_to_text/chance_r@10']:.2%}), text to image {m['text_to_image/r@10']:.1%} "
+        f"(chance {m['text_to_image/chance_r@10']:.2%}), {m['images']:,.0f} pictures, {m['captions']:,.0f} captions"
+    )
+
+
+def check_task_name(name: str) -> None:
+    """Task names become parts of figures' and files' names."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
+        raise ConfigError(f"evaluation.tasks: {name!r} must be of letters, digits, '.', '_' and '-'")
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Arrays to a compressed npz that loads with `allow_pickle=False`; replaced whole or not at all."""
+    assert not any(array.dtype.hasobject for array in rows.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **rows)
+    aside.replace(path)
+
+
+def write_figures(run_dir: Path, figures: Mapping[str, float], step: int | None) -> None:
+    """`eval.json`, sorted, and where the step is known a line of `evals.jsonl`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    aside = run_dir / "eval.json.part"
+    aside.write_text(json.dumps(dict(sorted(figures.items())), indent=2) + "\n", encoding="utf-8")
+    aside.replace(run_dir / "eval.json")
+    if step is not None:
+        with (run_dir / "evals.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+@contextmanager
+def _progress(console: Console | None, name: str, total: int) -> Generator[Advance | None]:
+    if console is None:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(f"evaluating {name}", total=total)
+
+        def advance(samples: int) -> None:
+            progress.update(bar, advance=samples)
+
+        yield advance

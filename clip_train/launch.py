@@ -1,0 +1,80 @@
+"""From a recipe to a finished run: processes up, training, evaluation, processes down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from clip_train.build import build_preprocess
+from clip_train.config.load import set_values
+from clip_train.config.schema import Recipe
+from clip_train.errors import CheckpointError
+from clip_train.evaluation.run import evaluate
+from clip_train.loading import LoadedModel, load_checkpoint
+from clip_train.models.two_tower import TwoTower
+from clip_train.runtime import collectives
+from clip_train.runtime.process import Process, launched
+from clip_train.training.checkpoint import read_checkpoint
+from clip_train.training.trainer import train
+from tokenizer import BPETokenizer
+
+
+def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) -> int:
+    """Train a recipe and evaluate it. Returns the exit code: 0, or 128 + the signal that ended it early."""
+    trackers = ["wandb"] * bool(recipe.logging.wandb_project) + ["tensorboard"] * recipe.logging.tensorboard
+    with launched(
+        recipe.training.precision,
+        deterministic=recipe.training.deterministic,
+        trackers=trackers,
+        logging_dir=run_dir,
+    ) as process:
+        if process.is_main:
+            console.print(
+                f"[bold]{recipe.name}[/] on {process.world} × {process.device.type} → {run_dir}", soft_wrap=True
+            )
+
+        def evaluate_now(model: TwoTower, tokenizer: BPETokenizer, step: int) -> Mapping[str, float]:
+            loaded = LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, step)
+            return evaluate_loaded(loaded, run_dir, process, console)
+
+        outcome = train(recipe, run_dir, process, resume=resume, console=console, evaluate=evaluate_now)
+        if process.is_main and outcome.signal is not None:
+            console.print(f"stopped by signal {outcome.signal} at step {outcome.step}, saved: run again to go on")
+    return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+def evaluate_loaded(loaded: LoadedModel, out: Path, process: Process, console: Console) -> Mapping[str, float]:
+    """Every task of the recipe, on all processes; the first writes `eval.json` and prints the figures."""
+    return evaluate(
+        loaded,
+        loaded.recipe.evaluation.tasks,
+        run_dir=out,
+        step=loaded.step,
+        batch_size=loaded.recipe.evaluation.batch_size,
+        device=process.device,
+        precision=process.precision,
+        rank=process.rank,
+        world=process.world,
+        gather=collectives.gather_objects,
+        console=console if process.is_main else None,
+    )
+
+
+def run_evaluation(path: Path, overrides: Sequence[str], out: Path | None, console: Console) -> int:
+    """Evaluate a run folder or a checkpoint by its recipe's tasks, as overridden."""
+    checkpoint = read_checkpoint(path)
+    loaded = load_checkpoint(checkpoint)
+    recipe = set_values(loaded.recipe, overrides)
+    if not recipe.evaluation.tasks:
+        raise CheckpointError(
+            f"{path}: its recipe has no [evaluation.tasks.NAME]; add one with --set evaluation.tasks…"
+        )
+    loaded = LoadedModel(loaded.model, loaded.preprocess, loaded.tokenizer, recipe, loaded.step)
+    # A checkpoint lies in RUN/checkpoints/step_N.
+    run_dir = out or checkpoint.path.parent.parent
+    with launched(recipe.training.precision) as process:
+        loaded.model.to(process.device)
+        evaluate_loaded(loaded, run_dir, process, console)
+    return 0

@@ -1,0 +1,89 @@
+"""A checkpoint as something to use: `clip_train.load(path)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_train.build import build_model, build_preprocess
+from clip_train.config.load import parse_toml
+from clip_train.config.schema import Recipe
+from clip_train.data.transforms import Preprocess
+from clip_train.errors import CheckpointError
+from clip_train.models.two_tower import TwoTower
+from clip_train.training.checkpoint import Checkpoint, load_weights, read_checkpoint
+from tokenizer import BPETokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model with what its inputs need. Unpacks: `model, preprocess, tokenizer = clip_train.load(path)`."""
+
+    model: TwoTower
+    preprocess: Preprocess
+    tokenizer: BPETokenizer
+    recipe: Recipe
+    step: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.preprocess, self.tokenizer))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @torch.inference_mode()
+    def encode_image(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+        """Pictures, or a preprocessed (B, 3, H, W) tensor -> unit vectors (B, D) fp32."""
+        if isinstance(images, Image.Image):
+            images = [images]
+        if not isinstance(images, Tensor):
+            images = torch.stack([self.preprocess(image) for image in images])
+        return self.model.encode_image(images.to(self.device))
+
+    @torch.inference_mode()
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Captions -> unit vectors (B, D) fp32."""
+        ids, lengths = self.tokenizer.encode_batch([texts] if isinstance(texts, str) else list(texts))
+        padded = torch.from_numpy(self.tokenizer.padded(ids, lengths)).long()
+        return self.model.encode_text(padded.to(self.device), torch.from_numpy(lengths).long().to(self.device))
+
+    def similarity(self, images: Image.Image | Sequence[Image.Image] | Tensor, texts: str | Sequence[str]) -> Tensor:
+        """Cosines (images, texts)."""
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load a checkpoint, or the newest one of a run folder, for inference.
+
+    Raises CheckpointError where there is none, or it is damaged.
+    """
+    return load_checkpoint(read_checkpoint(Path(path)), device)
+
+
+def load_checkpoint(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> LoadedModel:
+    """The model of a checkpoint that was read."""
+    recipe = parse_toml(checkpoint.recipe_toml, where=str(checkpoint.path / "recipe.toml"))
+    tokenizer = load_tokenizer(checkpoint)
+    with torch.device("meta"):
+        model = build_model(recipe, tokenizer)
+    load_weights(model, checkpoint, assign=True)
+    model.to(device).eval()
+    return LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, checkpoint.state.step)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> BPETokenizer:
+    """The vocabulary that travels with a checkpoint, proved to be the one it was trained with."""
+    try:
+        tokenizer = BPETokenizer.load(checkpoint.tokenizer_path)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.tokenizer_path}: {error}") from error
+    if tokenizer.fingerprint != checkpoint.state.tokenizer_fingerprint:
+        raise CheckpointError(f"{checkpoint.tokenizer_path}: not the vocabulary that this checkpoint was trained with")
+    return tokenizer

@@ -1,0 +1,117 @@
+"""FLOPs of a forward pass, 2 for each multiply-add, from sizes alone.
+
+Counted: matrix products and convolutions, attention in full (a causal mask halves none of it), as
+`torch.utils.flop_counter` and the published tables do. Norms, activations and softmax are left out.
+Nothing is allocated: a model built under `torch.device("meta")` will do.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from clip_train.models.adapters import TimmTower
+from clip_train.models.base import Tower
+from clip_train.models.layers import Block
+from clip_train.models.pooling import AttentionPool
+from clip_train.models.resnet import Bottleneck, ModifiedResNet
+from clip_train.models.text import TextTransformer
+from clip_train.models.two_tower import TwoTower
+from clip_train.models.vision import VisionTransformer
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of one sample, its projection included."""
+
+    image: float
+    text: float
+
+    @property
+    def total(self) -> float:
+        """Image and text together; a training step is three times this."""
+        return self.image + self.text
+
+
+def forward_flops(model: TwoTower, caption_length: float) -> ForwardFlops:
+    """FLOPs of encoding one picture and one caption of `caption_length` tokens (a mean may be fractional)."""
+    embed_dim = model.embed_dim
+    return ForwardFlops(
+        image=image_flops(model.image) + 2 * model.image.width * embed_dim,
+        text=text_flops(model.text, caption_length) + 2 * model.text.width * embed_dim,
+    )
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def image_flops(tower: Tower) -> float:
+    """FLOPs of one picture through an image tower, without the projection."""
+    if isinstance(tower, VisionTransformer):
+        patches = (tower.image_size // tower.patch_size) ** 2
+        tokens = patches + (tower.pool == "cls")
+        flops = 2 * patches * tower.patch_embedding.weight.numel()
+        return flops + _blocks(tower, tokens) + _attention_pool(tower.attention_pool, tokens)
+    if isinstance(tower, ModifiedResNet):
+        return _resnet(tower)
+    if isinstance(tower, TimmTower):
+        return _counted(tower, tower.image_size)
+    raise TypeError(f"no FLOP count for {type(tower).__name__}")
+
+
+def text_flops(tower: Tower, length: float) -> float:
+    """FLOPs of one caption of `length` tokens through a text tower, without the projection."""
+    if not isinstance(tower, TextTransformer):
+        raise TypeError(f"no FLOP count for {type(tower).__name__}")
+    return _blocks(tower, length) + _attention_pool(tower.attention_pool, length)
+
+
+def _blocks(tower: VisionTransformer | TextTransformer, tokens: float) -> float:
+    flops = 0.0
+    for block in tower.blocks:
+        assert isinstance(block, Block)
+        linears = (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down)
+        flops += 2 * tokens * sum(linear.weight.numel() for linear in linears)
+        flops += 4 * tokens**2 * tower.width  # queries x keys, weights x values
+    return flops
+
+
+def _attention_pool(pool: AttentionPool | None, tokens: float) -> float:
+    if pool is None:
+        return 0.0
+    width = pool.query.in_features
+    # The probe's projection is shared by the batch and left out.
+    per_token = 2 * pool.key_value.weight.numel() + 4 * width
+    per_sample = pool.out.weight.numel() + pool.mlp.up.weight.numel() + pool.mlp.down.weight.numel()
+    return tokens * per_token + 2 * per_sample
+
+
+def _resnet(tower: ModifiedResNet) -> float:
+    cells = (tower.image_size // 2) ** 2
+    flops = 2.0 * cells * sum(conv.weight.numel() for conv in (tower.conv1, tower.conv2, tower.conv3))
+    cells //= 4
+    for block in tower.blocks:
+        assert isinstance(block, Bottleneck)
+        flops += 2 * cells * (block.conv1.weight.numel() + block.conv2.weight.numel())
+        cells //= block.stride**2
+        flops += 2 * cells * block.conv3.weight.numel()
+        if block.shortcut_conv is not None:
+            flops += 2 * cells * block.shortcut_conv.weight.numel()
+    tokens, pool = cells + 1, tower.attention_pool
+    flops += 2 * pool.query.weight.numel()
+    flops += 2 * tokens * (pool.key.weight.numel() + pool.value.weight.numel())
+    return flops + 4 * tokens * tower.width
+
+
+def _counted(tower: Tower, image_size: int) -> float:
+    """Run one meta sample under torch's counter, for towers whose structure is not ours."""
+    tower = copy.deepcopy(tower).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        tower(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return float(counter.get_total_flops())

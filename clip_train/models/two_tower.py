@@ -1,0 +1,83 @@
+"""Two towers and one joint space: the CLIP model (Radford et al. 2021, figure 3).
+
+Shapes: `B` batch, `L` longest caption, `W` a tower's width, `D` size of the joint space.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_train.models.base import Tower, TowerOutput
+
+
+class TwoTower(nn.Module):
+    """An image tower and a text tower, each projected linearly into a joint space of `embed_dim` dimensions.
+
+    Args:
+        init_temperature: `logit_scale` starts at the log of its inverse.
+        max_logit_scale: what `clamp_logit_scale_` clamps `exp(logit_scale)` to.
+    """
+
+    def __init__(
+        self,
+        image: Tower,
+        text: Tower,
+        embed_dim: int,
+        *,
+        init_temperature: float = 0.07,
+        max_logit_scale: float = 100.0,
+    ) -> None:
+        super().__init__()
+        self.image, self.text, self.embed_dim = image, text, embed_dim
+        self.image_projection = _projection(image, embed_dim)
+        self.text_projection = _projection(text, embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / init_temperature)))
+        self.max_logit_scale = max_logit_scale
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """`images` `(B, 3, H, W)` float, normalised -> features `(B, D)` fp32, of unit length by default."""
+        output: TowerOutput = self.image(images)
+        return _finish(self.image_projection(output.pooled), normalize)
+
+    def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = True) -> Tensor:
+        """`ids` `(B, L)`, `lengths` `(B,)` (see `TextTransformer.forward`) -> features `(B, D)` fp32."""
+        output: TowerOutput = self.text(ids, lengths)
+        return _finish(self.text_projection(output.pooled), normalize)
+
+    def forward(
+        self, images: Tensor, ids: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit image features `(B, D)`, unit text features `(B, D)`, and `exp(logit_scale)`, all fp32.
+
+        One call holds every parameter, as data-parallel wrapping requires.
+        """
+        return self.encode_image(images), self.encode_text(ids, lengths), self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale_(self) -> None:
+        """Keep `exp(logit_scale)` at `max_logit_scale` or below (section 2.5); call it after each update."""
+        self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: the towers', biases and the logit scale."""
+        names = {f"image.{name}" for name in self.image.no_weight_decay()}
+        names |= {f"text.{name}" for name in self.text.no_weight_decay()}
+        return names | {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+
+
+def _projection(tower: Tower, embed_dim: int) -> nn.Linear:
+    projection = nn.Linear(tower.width, embed_dim, bias=tower.projection_bias)
+    nn.init.normal_(projection.weight, std=tower.width**-0.5)
+    if tower.projection_bias:
+        nn.init.zeros_(projection.bias)
+    return projection
+
+
+def _finish(features: Tensor, normalize: bool) -> Tensor:
+    # The norm is taken in fp32: in bf16 "unit" vectors are off by up to 0.4 %.
+    features = features.float()
+    return F.normalize(features, dim=-1) if normalize else features

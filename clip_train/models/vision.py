@@ -1,0 +1,93 @@
+"""CLIP's Vision Transformer (Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020).
+
+Shapes: `B` batch, `P` patch size, `G = (image_size / P)^2` patches, `L = G + 1` tokens, `W` width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_train.models.base import Tower, TowerOutput
+from clip_train.models.layers import Activation, Block, LayerNorm, Layout, init_blocks_
+from clip_train.models.pooling import AttentionPool, mean_of_valid
+
+
+class VisionTransformer(Tower):
+    """Patches without bias, a class token, learned positions, a norm before and one after the blocks.
+
+    Args:
+        image_size: height and width of the input in pixels, a multiple of `patch_size`.
+        pool: `cls` takes the class token (CLIP), `mean` averages the patches, `map` attends to the patches
+            with a learned query. Only `cls` has a class token.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown `pool` or `activation`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        pool: Literal["cls", "mean", "map"] = "cls",
+        activation: Activation = "gelu",
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+        if pool not in ("cls", "mean", "map"):
+            raise ValueError(f"pool={pool!r} is unknown for images: choose 'cls', 'mean' or 'map'")
+        self.image_size, self.patch_size = image_size, patch_size
+        self.width, self.pool = width, pool
+        patches = (image_size // patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width)) if pool == "cls" else None
+        self.positional_embedding = nn.Parameter(torch.empty(patches + (pool == "cls"), width))
+        self.pre_norm = LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, activation) for _ in range(layers))
+        self.post_norm = LayerNorm(width)
+        self.attention_pool = AttentionPool(width, heads, mlp_ratio, activation) if pool == "map" else None
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        """The paper's initialisation; the patch convolution keeps torch's, as in the released code."""
+        nn.init.kaiming_uniform_(self.patch_embedding.weight, a=math.sqrt(5))
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding, std=self.width**-0.5)
+        nn.init.normal_(self.positional_embedding, std=self.width**-0.5)
+        init_blocks_(self.blocks)
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` -> `(B, G, W)`, the convolution as one matrix product."""
+        p = self.patch_size
+        # (B, 3, rows, p, columns, p) -> (B, rows, columns, 3, p, p): one row of pixels for each patch
+        pixels = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(pixels.flatten(3).flatten(1, 2), self.patch_embedding.weight.flatten(1))
+
+    def forward(self, images: Tensor) -> TowerOutput:
+        """`images` `(B, 3, image_size, image_size)` float, normalised. The class token is token 0."""
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise ValueError(f"images are {tuple(images.shape)}, this tower takes (B, 3, {size}, {size})")
+        x = self.embed_patches(images)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.pre_norm(x + self.positional_embedding.to(x.dtype))
+        layout = Layout()
+        for block in self.blocks:
+            x = block(x, layout)
+        tokens: Tensor = self.post_norm(x)
+        if self.attention_pool is not None:
+            pooled = self.attention_pool(tokens, None)
+        else:
+            pooled = tokens[:, 0] if self.pool == "cls" else mean_of_valid(tokens, None)
+        return TowerOutput(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device), pooled)

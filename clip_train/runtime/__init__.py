@@ -1,0 +1,1 @@
+"""Processes, devices, precision and collectives. The one room that knows of ranks."""

@@ -1,0 +1,102 @@
+"""Collectives over the process group; each is the identity in a single process.
+
+Shape legend: `b` rows of this process, `B = b x world` rows of all processes, `D` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All rows, with the gradient that every process's loss sends to ours.
+
+    Forward concatenates, so backward sums over processes and keeps our rows. With a loss that is the mean over
+    local rows, and DDP's mean over processes on top, parameters get the gradient of the mean over all B rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.count = rows.shape[0]
+        gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        if dist.get_backend() == "nccl":
+            own = grad.new_empty((ctx.count, *grad.shape[1:]))
+            dist.reduce_scatter_tensor(own, grad)
+            return own
+        dist.all_reduce(grad)  # gloo has no reduce-scatter
+        return grad[rank() * ctx.count : (rank() + 1) * ctx.count]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(b, ...) of each process -> (B, ...) in rank order, differentiable. Every process has the same b."""
+    return rows if world_size() == 1 else _Gather.apply(rows)  # pyright: ignore[reportReturnType]
+
+
+def first_row(rows: Tensor) -> int:
+    """Where this process's rows begin among the gathered ones."""
+    return rank() * rows.shape[0]
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Elementwise sum, in fp64 (fp32 where the device has no fp64)."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.tensor(list(values), dtype=dtype, device=device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def sum_modulo_2_63(value: int, device: torch.device) -> int:
+    """Sum of non-negative integers over processes, modulo 2**63; exact."""
+    if world_size() == 1:
+        return value % 2**63
+    # Two halves that cannot overflow: float or int64 sums of the whole number would.
+    halves = torch.tensor([value % 2**32, value // 2**32], dtype=torch.int64, device=device)
+    dist.all_reduce(halves)
+    low, high = (int(half) for half in halves.tolist())
+    return (low + high * 2**32) % 2**63
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up in any process."""
+    if world_size() == 1:
+        return flag
+    up = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(up, op=dist.ReduceOp.MAX)
+    return bool(up.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One small picklable object of each process, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_arrays(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Row-wise concatenation over processes of arrays whose first sizes may differ."""
+    parts = gather_objects(arrays)
+    return {name: np.concatenate([part[name] for part in parts]) for name in arrays}

@@ -1,0 +1,91 @@
+"""Which process this is, on which device, in which arithmetic.
+
+accelerate sets up the process group under `torchrun` or `accelerate launch`, picks the device, and owns autocast and
+the fp16 loss scaler. It never gets a loader, a model or a schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from clip_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of `world` training processes."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+    precision: str
+    accelerator: Accelerator
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:  # pyright: ignore[reportPrivateImportUsage]
+        """The loss scaler, for fp16 only."""
+        return self.accelerator.scaler if self.precision == "fp16" else None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The recipe's precision for forward passes."""
+        return self.accelerator.autocast()
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def launched(
+    precision: str,
+    *,
+    deterministic: bool = False,
+    trackers: Sequence[str] = (),
+    logging_dir: Path | None = None,
+    timeout_minutes: float = 10.0,
+) -> Generator[Process]:
+    """The process group, from launch to teardown; `trackers` are names accelerate knows (wandb, tensorboard).
+
+    Raises ConfigError where the device cannot do the precision. The group is destroyed on every way out: a gloo
+    teardown without it aborts now and then.
+    """
+    on_gpu = torch.cuda.is_available()
+    if precision == "fp16" and not on_gpu:
+        raise ConfigError("training.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
+        log_with=list(trackers) or None,
+        project_dir=logging_dir,
+        step_scheduler_with_optimizer=False,
+    )
+    try:
+        yield Process(
+            rank=accelerator.process_index,
+            local_rank=accelerator.local_process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+            precision=precision,
+            accelerator=accelerator,
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

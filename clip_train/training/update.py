@@ -1,0 +1,202 @@
+"""One step: features of the global batch -> loss -> gradients -> clip -> check -> update.
+
+Shape legend: `b` pairs of this process, `B` pairs of all processes, `D` joint width, `m` pairs of a micro-batch.
+
+A batch whose activations do not fit is cut into micro-batches with *gradient caching* (Gao et al. 2021): features of
+all micro-batches without activations, the loss over all of them, then each micro-batch again with activations and its
+cached feature gradient. The loss sees every negative and the gradients are those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clip_train.errors import TrainingError
+from clip_train.objectives.base import Features, Loss
+from clip_train.runtime.collectives import first_row, gather_rows
+from clip_train.runtime.parallel import without_gradient_sync
+from clip_train.runtime.process import Process
+
+
+class Objective(Protocol):
+    """What a step asks of an objective."""
+
+    def loss(self, features: Features, logit_scale: Tensor) -> Loss: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """This process's pairs, on its device."""
+
+    images: Tensor
+    """(b, 3, H, W) normalised."""
+    ids: Tensor
+    """(b, L) padded to the longest."""
+    lengths: Tensor
+    """(b,)"""
+    groups: Tensor
+    """(b,) equal where captions are equal."""
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def split(self, size: int) -> list[Inputs]:
+        """Micro-batches, each trimmed to its own longest caption."""
+        parts: list[Inputs] = []
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            longest = int(self.lengths[rows].max())
+            ids = self.ids[rows, :longest]
+            parts.append(Inputs(self.images[rows], ids, self.lengths[rows], self.groups[rows]))
+        return parts
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: Tensor
+    """() this process's share of the loss; the mean over processes is the loss."""
+    stats: dict[str, Tensor]
+    grad_norm: float
+    """Norm of the averaged gradient before clipping."""
+    logit_scale: float
+    """Scale that the loss used."""
+
+
+def train_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    inputs: Inputs,
+    process: Process,
+    *,
+    step: int,
+    seed: int,
+    lr: float,
+    micro_batch: int | None,
+    gradient_clip: float | None,
+) -> StepResult:
+    """Update the model once. Raises TrainingError where the gradient is not finite (the model is then unchanged)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss, logit_scale = backward(model, objective, inputs, process, step=step, seed=seed, micro_batch=micro_batch)
+
+    scaler = process.scaler
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = clip_gradients(model, gradient_clip)
+    if scaler is None:
+        if not math.isfinite(norm):
+            raise TrainingError(f"step {step}: the gradient is not finite (loss {loss.total.item()})")
+        optimizer.step()
+    else:  # the scaler skips non-finite updates and lowers its scale
+        scaler.step(optimizer)
+        scaler.update()
+    return StepResult(loss.total.detach(), loss.stats, norm, logit_scale)
+
+
+def backward(
+    model: nn.Module,
+    objective: Objective,
+    inputs: Inputs,
+    process: Process,
+    *,
+    step: int,
+    seed: int,
+    micro_batch: int | None,
+) -> tuple[Loss, float]:
+    """Accumulate the gradient of the global batch's loss; returns the loss and the logit scale it used."""
+    parts = inputs.split(micro_batch or len(inputs))
+    if len(parts) == 1:
+        seed_everything(seed, step, process.rank, 0)
+        with process.autocast():
+            image, text, scale = model(inputs.images, inputs.ids, inputs.lengths)
+        loss = objective.loss(_features(image, text, inputs.groups), scale)
+        scaled(loss.total, process).backward()
+        return loss, float(scale.detach())
+
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    scale = torch.empty(())
+    with torch.no_grad(), frozen_running_statistics(model):
+        for index, part in enumerate(parts):
+            seed_everything(seed, step, process.rank, index)
+            with process.autocast():
+                image, text, scale = model(part.images, part.ids, part.lengths)
+            images.append(image)
+            texts.append(text)
+
+    leaves = [torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_(), scale.detach().requires_grad_()]
+    loss = objective.loss(_features(leaves[0], leaves[1], inputs.groups), leaves[2])
+    image_grad, text_grad, scale_grad = torch.autograd.grad(loss.total, leaves)
+
+    start = 0
+    for index, part in enumerate(parts):
+        rows, last = slice(start, start + len(part)), index == len(parts) - 1
+        start += len(part)
+        seed_everything(seed, step, process.rank, index)
+        with nullcontext() if last else without_gradient_sync(model):
+            with process.autocast():
+                image, text, scale = model(part.images, part.ids, part.lengths)
+            # Its gradient is the chain rule's: feature gradient times feature. The scale enters the loss once.
+            surrogate = (image * image_grad[rows]).sum() + (text * text_grad[rows]).sum()
+            if last:
+                surrogate = surrogate + scale * scale_grad
+            scaled(surrogate, process).backward()
+    return loss, float(scale.detach())
+
+
+def _features(image: Tensor, text: Tensor, groups: Tensor) -> Features:
+    """Ours beside everybody's; fp32, for logits in bf16 lose what the loss is made of."""
+    image, text = image.float(), text.float()
+    return Features(
+        image=image,
+        text=text,
+        all_image=gather_rows(image),
+        all_text=gather_rows(text),
+        first_row=first_row(image),
+        groups=groups,
+        all_groups=gather_rows(groups),
+    )
+
+
+def scaled(loss: Tensor, process: Process) -> Tensor:
+    """The loss times the fp16 scale, itself otherwise."""
+    return loss if process.scaler is None else process.scaler.scale(loss)
+
+
+def clip_gradients(model: nn.Module, largest: float | None) -> float:
+    """Norm of all gradients, which are then shortened to `largest`."""
+    return float(nn.utils.clip_grad_norm_(model.parameters(), math.inf if largest is None else largest))
+
+
+@contextmanager
+def frozen_running_statistics(model: nn.Module) -> Generator[None]:
+    """BatchNorm normalises by the batch as in training, but does not count it: once a step is enough."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]  # pyright: ignore[reportPrivateUsage]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed torch's generators by a function of `parts` alone, so that a replayed forward draws the same numbers."""
+    seed = 0
+    for part in parts:
+        # splitmix64's finalizer: neighbouring steps and ranks get unrelated streams.
+        seed = ((seed ^ part) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        seed ^= seed >> 31
+    torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tars import write_tar
+
+from clip_train.data import columns
+from clip_train.data.columns import BadSampleError, Column
+from clip_train.data.shards import ShardIndex, index
+from clip_train.errors import DataError
+
+
+def test_parse() -> None:
+    assert columns.parse("jpg; PNG") == (Column("jpg"), Column("png"))
+    assert columns.parse("json.meta.title") == (Column("json", ("meta", "title")),)
+    assert columns.parse(".txt;seg.png") == (Column("txt"), Column("seg.png"))
+    with pytest.raises(DataError, match="names no member"):
+        columns.parse(" ; ")
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> ShardIndex:
+    content = json.dumps({"captions": ["one", "two"], "label": 3, "meta": {"title": "t"}}).encode()
+    members = [(f"{i}.{e}", d) for i in range(20) for e, d in (("jpg", b"pixels"), ("json", content), ("cls", b"7"))]
+    return index(str(write_tar(tmp_path / "x.tar", members)))
+
+
+def test_right_columns_pass(shard: ShardIndex) -> None:
+    columns.check_columns(shard, image="png;jpg", caption="json.captions")
+    columns.check_columns(shard, image="jpg", caption="json.meta.title", label="json.label")
+    columns.check_columns(shard, image="jpg", label="cls")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"image": "jpeg;png"}, r"`image = 'jpeg;png'`.*jpg ×20, json ×20, cls ×20"),
+        ({"image": "jpg", "caption": "txt"}, r"`caption = 'txt'`.*json\.captions \(list\), json\.label \(int\)"),
+        ({"image": "jpg", "caption": "json.caption"}, r"no field caption.*json\.captions \(list\)"),
+        ({"image": "jpg", "caption": "json.label"}, "its caption is 3"),
+        ({"image": "jpg", "label": "json.captions"}, "its label is"),
+    ],
+)
+def test_wrong_columns_stop_at_once(shard: ShardIndex, names: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        columns.check_columns(shard, **names)
+    assert shard.shard in str(caught.value)
+
+
+TEXT, FIELD = Column("txt"), Column("json", ("c",))
+
+
+def test_captions() -> None:
+    assert columns.read_captions(TEXT, "\ufeffgrün\n".encode()) == ["grün\n"]
+    assert columns.read_captions(FIELD, b'{"c": "a"}') == ["a"]
+    assert columns.read_captions(FIELD, b'{"c": ["a", " ", "b"]}') == ["a", "b"]
+    assert columns.read_captions(TEXT, b"x" * 20_000) == ["x" * 20_000]
+
+
+@pytest.mark.parametrize(
+    ("column", "data", "cause"),
+    [
+        (TEXT, "grün".encode("latin-1"), "not UTF-8 at byte 2"),
+        (TEXT, b" \n", "empty"),
+        (FIELD, b"{", "not JSON"),
+        (FIELD, b"[" * 100_000, "not JSON"),
+        (FIELD, b"[1]", "no field c"),
+        (FIELD, b'{"c": []}', "empty"),
+        (FIELD, b'{"c": null}', "its caption is null"),
+        (FIELD, b'{"c": ["a", 1]}', "its caption is 1"),
+    ],
+)
+def test_bad_captions(column: Column, data: bytes, cause: str) -> None:
+    with pytest.raises(BadSampleError, match=cause):
+        columns.read_captions(column, data)
+
+
+def test_labels() -> None:
+    assert columns.read_label(Column("cls"), b"12\n") == 12
+    assert columns.read_label(Column("cls"), b" red fox ") == "red fox"
+    assert columns.read_label(FIELD, b'{"c": 5}') == 5
+    for bad in (b'{"c": true}', b'{"c": ""}', b'{"c": 1.5}'):
+        with pytest.raises(BadSampleError, match="its label is"):
+            columns.read_label(FIELD, bad)

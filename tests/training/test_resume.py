@@ -1,0 +1,152 @@
+"""Exact resume, in processes of their own: killed runs end as the uninterrupted one, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import metrics_of, run_cli
+from safetensors.torch import load_file
+
+EXACT = ("step", "loss", "logit_scale", "lr", "grad_norm", "batch")
+
+
+def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
+    return [tuple(line[key] for key in EXACT) for line in metrics_of(run_dir)]
+
+
+def start(recipe: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "clip_train", "train", str(recipe), "--run-dir", str(run_dir)]
+    for override in overrides:
+        command += ["--set", override]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for_line(run_dir: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"ended early: {process.stdout.read() if process.stdout else ''}")
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} did not come in {seconds} s")
+
+
+def test_kill_and_signals_then_resume_is_the_uninterrupted_run(
+    tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
+) -> None:
+    recipe_tree["training"]["steps"] = 60
+    recipe_tree["checkpoint"]["every_steps"] = 5
+    recipe_tree["data"]["sources"]["s"]["caption_choice"] = "random"
+    recipe_tree["data"]["augment"] = {"crop_scale": [0.5, 1.0], "flip": 0.5}
+    recipe = write_recipe(recipe_tree)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    done = run_cli("train", str(recipe), "--run-dir", str(whole))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    process = start(recipe, cut)
+    wait_for_line(cut, 12, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    saved = {path.name for path in (cut / "checkpoints").glob("step_*")}
+    assert saved, "a checkpoint was there before the kill"
+
+    process = start(recipe, cut, "data.workers=1")  # another number of workers: the same run
+    wait_for_line(cut, 30, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    stopped_at = json.loads((cut / "checkpoints/latest/state.json").read_text())["step"]
+    assert 30 <= stopped_at < 60
+    assert f"at step {stopped_at}" in output
+
+    done = run_cli("train", str(recipe), "--run-dir", str(cut), "--resume", "auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"at step {stopped_at}" in done.stdout
+    assert numbers(cut) == numbers(whole)
+    assert len(numbers(whole)) == 60
+    for name in ("model", "optimizer"):
+        a, b = (load_file(run / "checkpoints/latest" / f"{name}.safetensors") for run in (whole, cut))
+        assert all((a[key] == b[key]).all() for key in a.keys() | b.keys())
+    assert json.loads((cut / "eval.json").read_text()) == json.loads((whole / "eval.json").read_text())
+
+    again = run_cli("train", str(recipe), "--run-dir", str(cut))  # nothing left to do
+    assert again.returncode == 0
+    assert numbers(cut) == numbers(whole)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shards: str) -> tuple[Path, Path]:
+    """A recipe file and its finished run of 4 steps."""
+    import tomli_w
+
+    folder = tmp_path_factory.mktemp("finished")
+    tree = {
+        "name": "tiny",
+        "data": {"batch_size": 8, "workers": 0, "sources": {"s": {"shards": shards, "image": "png"}}},
+        "image": {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2},
+        "text": {"width": 16, "layers": 1, "heads": 2},
+        "model": {"embed_dim": 8},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"kind": "constant", "warmup_steps": 2},
+        "training": {"steps": 4, "precision": "fp32"},
+    }
+    (folder / "recipe.toml").write_text(tomli_w.dumps(tree))
+    done = run_cli("train", str(folder / "recipe.toml"), "--run-dir", str(folder / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "recipe.toml", folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=0.5", "optimizer.lr: 0.001 in the checkpoint, 0.5 now"),
+        ("data.batch_size=4", "data.batch_size: 8 in the checkpoint, 4 now"),
+        ("training.seed=9", "training.seed: 0 in the checkpoint, 9 now"),
+        ("text.pool=mean", "text.pool: 'eot' in the checkpoint, 'mean' now"),
+        ("training.steps=3", "the checkpoint is at 4"),
+    ],
+)
+def test_a_checkpoint_of_another_recipe_is_refused(finished: tuple[Path, Path], override: str, message: str) -> None:
+    recipe, run_dir = finished
+    done = run_cli("train", str(recipe), "--run-dir", str(run_dir), "--set", override)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_never_does_not_overwrite(finished: tuple[Path, Path]) -> None:
+    recipe, run_dir = finished
+    done = run_cli("train", str(recipe), "--run-dir", str(run_dir), "--resume", "never")
+    assert done.returncode == 2
+    assert "already holds checkpoints" in done.stderr
+
+
+def test_longer_training_is_said_aloud(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run_dir = finished
+    done = run_cli(
+        "train",
+        str(recipe),
+        "--run-dir",
+        str(tmp_path / "longer"),
+        "--resume",
+        str(run_dir),
+        "--set",
+        "training.steps=6",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training.steps changes from 4 to 6" in done.stdout
+    assert [line["step"] for line in metrics_of(tmp_path / "longer")][-1] == 6
