@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from clip_train.build import build_preprocess
@@ -35,7 +40,12 @@ def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) 
                 f"[bold]{recipe.name}[/] on {process.world} × {process.device.type} → {run_dir}", soft_wrap=True
             )
 
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if process.is_main:
+            write_environment(run_dir / "environment.json", process)
+
         def evaluate_now(model: TwoTower, tokenizer: BPETokenizer, step: int) -> Mapping[str, float]:
+            collectives.broadcast_buffers(model)
             loaded = LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, step)
             return evaluate_loaded(loaded, run_dir, process, console)
 
@@ -43,6 +53,18 @@ def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) 
         if process.is_main and outcome.signal is not None:
             console.print(f"stopped by signal {outcome.signal} at step {outcome.step}, saved: run again to go on")
     return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+def write_environment(path: Path, process: Process) -> None:
+    """What a run ran on, for its report."""
+    device = torch.cuda.get_device_name() if process.device.type == "cuda" else platform.processor() or "CPU"
+    environment = {
+        "processes": str(process.world),
+        "device": f"{device} ({os.cpu_count()} CPU cores)",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "webdataset", "accelerate", "clip-train")},
+    }
+    path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
 def evaluate_loaded(loaded: LoadedModel, out: Path, process: Process, console: Console) -> Mapping[str, float]:
@@ -53,6 +75,7 @@ def evaluate_loaded(loaded: LoadedModel, out: Path, process: Process, console: C
         run_dir=out,
         step=loaded.step,
         batch_size=loaded.recipe.evaluation.batch_size,
+        workers=loaded.recipe.data.workers,
         device=process.device,
         precision=process.precision,
         rank=process.rank,
@@ -74,7 +97,8 @@ def run_evaluation(path: Path, overrides: Sequence[str], out: Path | None, conso
     loaded = LoadedModel(loaded.model, loaded.preprocess, loaded.tokenizer, recipe, loaded.step)
     # A checkpoint lies in RUN/checkpoints/step_N.
     run_dir = out or checkpoint.path.parent.parent
-    with launched(recipe.training.precision) as process:
+    # What was trained in fp16 on a GPU can be evaluated without one.
+    with launched("fp32" if not torch.cuda.is_available() else recipe.training.precision) as process:
         loaded.model.to(process.device)
         evaluate_loaded(loaded, run_dir, process, console)
     return 0

@@ -157,7 +157,7 @@ class BPETokenizer:
                 break
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(
-                    f"id {token_id} is outside the vocabulary of {self.vocab_size}: these ids come from another tokenizer"
+                    f"id {token_id} is outside this vocabulary of {self.vocab_size}: use the tokenizer it comes from"
                 )
             if token_id not in specials:
                 text.append(self.vocabulary.tokens[token_id])

@@ -82,7 +82,7 @@ def train_from_files(
     tokenizer.save(out)
     if console is not None:
         for warning in caught or ():
-            console.print(f"[yellow]note:[/] {warning.message}", highlight=False)
+            console.print(f"[yellow]note:[/] {warning.message}", soft_wrap=True)
         console.print(f"{out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}", soft_wrap=True)
     return tokenizer
 
@@ -127,7 +127,8 @@ def _run_encode(args: argparse.Namespace, console: Console) -> None:
             if args.ids:
                 print(*ids.tolist())
                 continue
-            table = Table("id", "piece", title=Text(text), title_justify="left", title_style="bold")
+            console.print(Text(text, style="bold"), soft_wrap=True)
+            table = Table("id", "piece")
             for token_id, piece in zip(ids.tolist(), tokenizer.pieces(ids), strict=True):
                 table.add_row(str(token_id), Text(piece))
             console.print(table)

@@ -1,6 +1,6 @@
 """Captions out of files, for training and inspecting a vocabulary: .txt, .csv, .tsv, .jsonl and WebDataset .tar.
 
-Any of them but `.tar` may be gzipped. A caption is a line of a `.txt`, a cell of a column of a `.csv` or `.tsv`, a
+Any of them may be gzipped. A caption is a line of a `.txt`, a cell of a column of a `.csv` or `.tsv`, a
 field of a line of a `.jsonl`, and in a `.tar` a `KEY.txt` or a field of a `KEY.json`. A field may hold a list of
 captions. Without a name given, the first field there of `CAPTION_FIELDS` is taken.
 """
@@ -44,16 +44,17 @@ def read_captions(paths: Iterable[Path], field: str | None = None) -> Iterator[s
 
 def _reader(path: Path, field: str | None) -> Iterator[str]:
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if kind == "tar":
+    if kind in ("tar", "tgz"):
         return _tar(path, field)
     if kind not in ("txt", "csv", "tsv", "jsonl"):
         raise ValueError(f"{path}: captions are read from .txt, .csv, .tsv, .jsonl (also .gz) and .tar files")
     return {"txt": _lines, "csv": _table, "tsv": _table, "jsonl": _jsonl}[kind](path, field)
 
 
-def _open(path: Path) -> io.TextIOBase:
-    opened = gzip.open(path, "rt", encoding="utf-8-sig", newline="") if path.name.lower().endswith(".gz") else None
-    return cast("io.TextIOBase", opened or path.open(encoding="utf-8-sig", newline=""))
+def _open(path: Path) -> io.TextIOWrapper:
+    if path.name.lower().endswith(".gz"):
+        return io.TextIOWrapper(gzip.GzipFile(path), encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _lines(path: Path, field: str | None) -> Iterator[str]:
@@ -80,7 +81,7 @@ def _jsonl(path: Path, field: str | None) -> Iterator[str]:
 def _tar(path: Path, field: str | None) -> Iterator[str]:
     """Of each sample the `.txt`, or where there is none, or a field was named, the `.json`."""
     seen: set[str] = set()
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(path, "r:*") as tar:
         files = (member for member in tar if member.isfile())
         for key, members in groupby(files, lambda member: _split(member.name)[0]):
             parts = {_split(member.name)[1]: member for member in members}

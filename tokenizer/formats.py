@@ -105,8 +105,8 @@ def read_openai(path: Path, context_length: int = OPENAI_CONTEXT) -> Vocabulary:
     lines = _read_text(path).split("\n")
     if "version" not in lines[0]:
         raise ValueError(
-            f"{path}: the first line is {lines[0]!r:.60}, not a header with a version. Every reader of this format drops"
-            f" the first line, so put {_HEADER!r} before the first merge"
+            f"{path}: the first line is {lines[0]!r:.60}, not a header with a version. Every reader drops the"
+            f" first line, so put {_HEADER!r} before the first merge"
         )
     body = [line for line in lines[1 : OPENAI_MERGES + 1] if line.strip()]
     try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -84,10 +84,11 @@ def train_bpe(
             raise ValueError("no words to learn from: every caption is empty after cleaning, or there are none")
         wanted = vocab_size - BASE - OWN_SPECIALS
         merges = learn_merges(pieces, wanted, min_count, lambda done: report("merges", done, wanted))
+        report("merges", len(merges), len(merges))
     if len(merges) < wanted:
         warnings.warn(
-            f"the vocabulary has {vocab_size - wanted + len(merges):,} ids and not {vocab_size:,}: no further pair occurs"
-            f" {min_count} times in {len(pieces):,} distinct words. Give more captions"
+            f"the vocabulary has {vocab_size - wanted + len(merges):,} ids and not {vocab_size:,}: no further pair"
+            f" occurs {min_count} times in {len(pieces):,} distinct words. Give more captions"
             + (", or lower min_count" if min_count > 1 else ""),
             SmallVocabularyWarning,
             stacklevel=2,
@@ -145,7 +146,7 @@ def learn_merges(
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def _no_garbage_collection() -> Generator[None]:
     """Millions of small lists and no cycles: looking for cycles among them would take a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -160,7 +161,7 @@ Report = Callable[[str, int, int | None], None]
 
 
 @contextmanager
-def _progress(console: Console | None) -> Iterator[Report]:
+def _progress(console: Console | None) -> Generator[Report]:
     if console is None:
         yield lambda stage, done, total: None
         return

@@ -60,7 +60,7 @@ class Augment(Section):
     rotate: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
     """Largest rotation in degrees; the corners are filled with `fill`."""
     zoom_out: Annotated[float, Field(ge=1.0)] = 1.0
-    """Largest factor by which the picture is shrunk onto a `fill` canvas before cropping."""
+    """Largest factor by which the cropped picture is shrunk onto a `fill` canvas."""
     fill: Annotated[int, Field(ge=0, le=255)] = 255
     """Grey level behind a rotated or shrunk picture."""
     color: ColorJitter = ColorJitter()

@@ -44,9 +44,8 @@ class BadSampleLog:
             first = "; ".join(f"{shard}: {key}: {cause}" for (shard, key), cause in list(self._known.items())[:3])
             raise DataError(
                 f"{self.bad} of {self.seen} samples could not be used, more than data.max_bad_fraction = "
-                f"{self.max_fraction:g} allows. First: {first}. All are in bad_samples.jsonl. Mend the shards, or "
-                "raise "
-                "data.max_bad_fraction if these may be lost."
+                f"{self.max_fraction:g} allows. First: {first}. All are in bad_samples.jsonl. Mend the shards, "
+                "or raise data.max_bad_fraction if these may be lost."
             )
 
 

@@ -167,9 +167,8 @@ class Stream(torch.utils.data.Dataset[Batch]):
             causes.append(f"{bad.shard}: {bad.key}: {bad.cause}")
             position = self._substitute(original, attempt)
         raise DataError(
-            f"{_ATTEMPTS} samples of source {self.sources[original.source].name!r} could not be used, one "
-            "after "
-            f"another: {'; '.join(causes[:3])}. Check the shards and the source's columns."
+            f"{_ATTEMPTS} samples of source {self.sources[original.source].name!r} could not be used, "
+            f"one after another: {'; '.join(causes[:3])}. Check the shards and the source's columns."
         )
 
     def _substitute(self, bad: Position, attempt: int) -> Position:

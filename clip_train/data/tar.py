@@ -47,23 +47,28 @@ def _walk(path: Path, data: mmap.mmap, size: int) -> Iterator[Member]:
     length: int | None = None
     while True:
         header = data[offset : offset + BLOCK]
-        if len(header) < BLOCK:
+        if len(header) < BLOCK and offset:
             raise DataError(_cut_short(path, offset, size))
-        if header[0] == 0 and not any(header):
+        if not any(header):
             _check_end(path, data, offset)
             return
-        if _checksum(header) != _number(header[148:156]):
+        if len(header) < BLOCK or _checksum(header) != _number(header[148:156]):
             raise DataError(_not_a_header(path, header, offset))
         kind = header[156:157]
         extent = _number(header[124:136]) if length is None or kind in b"xgLK" else length
+        if extent < 0:
+            raise DataError(_not_a_header(path, header, offset))
         start = offset + BLOCK
         offset = start + (extent + BLOCK - 1) // BLOCK * BLOCK
         if start + extent > size:
             raise DataError(_cut_short(path, start, size))
         if kind == b"x":  # pax: attributes of the next member
-            attributes = _pax(data[start : start + extent])
+            try:
+                attributes = _pax(data[start : start + extent])
+                length = int(attributes["size"]) if "size" in attributes else length
+            except ValueError as error:
+                raise DataError(_not_a_header(path, header, start)) from error
             name = attributes.get("path", name)
-            length = int(attributes["size"]) if "size" in attributes else length
         elif kind == b"L":  # GNU: long name of the next member
             name = _text(data[start : start + extent].split(b"\0", 1)[0])
         elif kind in b"gKV":  # pax defaults (no names in them), long link targets, volume labels
@@ -139,7 +144,10 @@ def _pax(body: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     while body:
         digits, _, _ = body.partition(b" ")
-        record, body = body[len(digits) + 1 : int(digits) - 1], body[int(digits) :]
+        end = int(digits)
+        if end <= len(digits):
+            raise ValueError("a record ends before it begins")
+        record, body = body[len(digits) + 1 : end - 1], body[end:]
         key, _, value = record.partition(b"=")
         found[_text(key)] = _text(value)
     return found

@@ -285,5 +285,5 @@ def hue_matrix(turns: float) -> Matrix:
     the eye.
     """
     cos, sin = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)
-    turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]])
     return _FROM_CHROMA @ turn @ _CHROMA

@@ -41,9 +41,7 @@ def path(relative: str) -> Path:
         return wanted
     while not folder.is_dir() and folder != root:
         folder = folder.parent
-    names = sorted(
-        one.name.removesuffix(_COMPRESSED) for one in folder.iterdir() if one.suffix not in (".py", ".pyc")
-    )
+    names = sorted(one.name.removesuffix(_COMPRESSED) for one in folder.iterdir() if one.suffix not in (".py", ".pyc"))
     names = [name for name in names if not name.startswith("__")]
     where = folder.relative_to(root).as_posix()
     raise FileNotFoundError(f"no embedded data {relative!r}; {where!r} holds {', '.join(names) or 'nothing'}")

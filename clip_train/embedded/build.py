@@ -45,9 +45,7 @@ def draw(pictures: Sequence[Picture], workers: int | None = None) -> tuple[list[
     """The pictures that can be drawn, in order, and the keys of those that cannot."""
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(_try_rasterise, pictures, chunksize=32))
-    samples = [
-        Sample(picture, pixels) for picture, pixels in zip(pictures, drawn, strict=True) if pixels is not None
-    ]
+    samples = [Sample(picture, pixels) for picture, pixels in zip(pictures, drawn, strict=True) if pixels is not None]
     return samples, [picture.key for picture, pixels in zip(pictures, drawn, strict=True) if pixels is None]
 
 

@@ -78,9 +78,7 @@ _GENERIC = frozenset((
 # fmt: on
 _SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"} | {
-    str(i + 2): n for i, n in enumerate(_NUMBERS)
-}
+_RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"} | {str(i + 2): n for i, n in enumerate(_NUMBERS)}
 _SERIES_TITLE = re.compile(r"^(part of the flat|etiquette icons|lemon svg)", re.IGNORECASE)
 _CARD = re.compile(r"^(?:bordered|ornamental|simple|white)_([cdhs])_([ajqk]|\d+)$")
 
@@ -181,9 +179,7 @@ class Captioner:
         title = _clean(_SERIES_PREFIX.sub("", record.title))
         own = _clean(_without_creator(stem, record.creator))
         series = self._titles[record.title] >= _SERIES and not _slug(stem).startswith(_slug(title))
-        if _SERIES_TITLE.match(record.title) or (
-            _SERIES_PREFIX.match(record.title) and self._titles[record.title] > 1
-        ):
+        if _SERIES_TITLE.match(record.title) or (_SERIES_PREFIX.match(record.title) and self._titles[record.title] > 1):
             series = True
         for candidate in (own, title) if series else (title, own):
             words = _words(candidate)

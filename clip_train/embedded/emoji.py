@@ -97,9 +97,7 @@ class SlugResolver:
             sequence = self._fxemoji.get(slug) or self._by_unicode.get(folded) or self._by_name.get(folded)
         else:
             slug = slug.removeprefix("flag-for-")
-            sequence = (
-                self._own[set_name].get(slug) or self._shared.get(slug) or self._by_name.get(fold(slug))
-            )
+            sequence = self._own[set_name].get(slug) or self._shared.get(slug) or self._by_name.get(fold(slug))
         return self._concepts.get(sequence) if sequence else None
 
 

@@ -31,9 +31,7 @@ def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     return sorted(samples, key=rank)
 
 
-def write_shards(
-    folder: Path, split: str, samples: Sequence[Sample], per_shard: int, quality: int
-) -> list[Path]:
+def write_shards(folder: Path, split: str, samples: Sequence[Sample], per_shard: int, quality: int) -> list[Path]:
     """`SPLIT-000000.tar.gz`, …: at most `per_shard` samples each, evenly filled, in the order given.
 
     Compressed because a tar member costs at least 1 KiB, as much as a picture: the shards are a third of

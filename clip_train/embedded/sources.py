@@ -37,8 +37,7 @@ def prepare(folder: Path) -> Sources:
     return Sources(
         iconify=_npm(folder, "@iconify/json") / "json",
         annotations=_npm(folder, "cldr-annotations-full") / "annotations/en/annotations.json",
-        annotations_derived=_npm(folder, "cldr-annotations-derived-full")
-        / "annotationsDerived/en/annotations.json",
+        annotations_derived=_npm(folder, "cldr-annotations-derived-full") / "annotationsDerived/en/annotations.json",
         openclipart=_deb(folder, "openclipart-svg") / "usr/share/openclipart/svg",
     )
 

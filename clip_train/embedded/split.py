@@ -91,9 +91,7 @@ def _first_of_equal(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]
     return kept, sorted({str(sample.picture.label) for sample in samples} - {str(label) for label in labels})
 
 
-def _apart(
-    test: Sequence[Sample], train: Sequence[Sample], near: float
-) -> tuple[list[Sample], list[str], list[str]]:
+def _apart(test: Sequence[Sample], train: Sequence[Sample], near: float) -> tuple[list[Sample], list[str], list[str]]:
     """The test pictures that no training picture is near to; the labels of those equal; and of those near."""
     hashes = {digest(sample.pixels) for sample in train}
     exact = {i for i, sample in enumerate(test) if digest(sample.pixels) in hashes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,26 @@ Rows = Mapping[str, npt.NDArray[Any]]
 class Album:
     """Pictures by shard and key. One that cannot be had is None, and its shard is noted once."""
 
-    def __init__(self, notes: list[str]) -> None:
+    def __init__(self, folder: Path, notes: list[str]) -> None:
+        self._folder = folder
         self._notes = notes
         self._files = ShardFiles()
         self._samples: dict[str, tuple[ShardIndex, dict[str, int]] | None] = {}
         self._pictures: dict[tuple[str, str], Image.Image | None] = {}
 
-    def picture(self, shard: str, key: str, image: str) -> Image.Image | None:
-        """The picture of a sample, whose member is named as a recipe does it (`jpg;png`)."""
+    def picture(self, shard: str, key: str, image: str, patterns: Sequence[str] = ()) -> Image.Image | None:
+        """The picture of a sample, whose member is named as a recipe does it (`jpg;png`).
+
+        A shard that has gone from its place (another machine, another cache) is looked for by `patterns`.
+        """
         if (shard, key) not in self._pictures:
-            self._pictures[shard, key] = self._read(shard, key, image)
+            self._pictures[shard, key] = self._read(shard, key, image, patterns)
         return self._pictures[shard, key]
 
-    def _read(self, shard: str, key: str, image: str) -> Image.Image | None:
+    def _read(self, shard: str, key: str, image: str, patterns: Sequence[str]) -> Image.Image | None:
         if shard not in self._samples:
             try:
-                listing = index(shard)
+                listing = index(self._find(shard, patterns))
                 self._samples[shard] = listing, {listing.key(i): i for i in range(len(listing))}
             except DataError as error:
                 self._samples[shard] = None
@@ -51,6 +55,13 @@ class Album:
             return Image.fromarray(decode(data))
         except (columns.BadSampleError, DecodeError, DataError):
             return None
+
+    def _find(self, shard: str, patterns: Sequence[str]) -> str:
+        if not Path(shard).exists() and patterns:
+            for found in resolve(list(patterns), relative_to=self._folder):
+                if Path(found).name == Path(shard).name:
+                    return found
+        return shard
 
 
 @dataclass(frozen=True)
@@ -143,12 +154,17 @@ class Search:
 
 
 def searches(rows: Rows, album: Album, direction: str, count: int, seed: int = 1) -> list[Search]:
-    """`count` queries drawn from all, with their five best answers. `direction` as in the figures' names."""
+    """Up to `count` queries drawn at random, with their five best answers. `direction` as in the figures' names."""
     ranks, best = rows[f"{direction}_ranks"], rows[f"{direction}_top"]
     pairs = set(zip(rows["pair_image"].tolist(), rows["pair_caption"].tolist(), strict=True))
     captions = rows["captions"]
     found: list[Search] = []
-    for q in _draw(np.arange(len(ranks)), count, seed):
+    queries = _draw(np.arange(len(rows["keys"])), count, seed)
+    if direction == "text_to_image":  # a caption each of pictures drawn, so that none is asked for twice
+        rng = np.random.default_rng(seed)
+        own = [rows["pair_caption"][rows["pair_image"] == image] for image in queries]
+        queries = list(dict.fromkeys(int(rng.choice(captions_of)) for captions_of in own))
+    for q in queries:
         query, picture, answers = "", None, list[tuple[str, Image.Image | None, bool]]()
         if direction == "text_to_image":
             query = str(captions[q])
@@ -200,7 +216,7 @@ def training_examples(
 
 def _picture(rows: Rows, album: Album, i: int) -> Image.Image | None:
     shard = str(rows["shards"][int(rows["shard"][i])])
-    return album.picture(shard, str(rows["keys"][i]), str(rows["image"]))
+    return album.picture(shard, str(rows["keys"][i]), str(rows["image"]), rows["patterns"].tolist())
 
 
 def _draw(among: npt.NDArray[np.int64], count: int, seed: int) -> list[int]:

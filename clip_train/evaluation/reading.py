@@ -42,6 +42,8 @@ class Reading:
     """A set of pictures with labels or captions, and how this rank reads its part."""
 
     indexes: Sequence[ShardIndex]
+    patterns: Sequence[str]
+    """The shards as they were asked for."""
     preprocess: Preprocess
     image: str = "jpg;jpeg;png;webp"
     label: str | None = None
@@ -62,7 +64,8 @@ class Reading:
         **how: str | int,
     ) -> Reading:
         """Resolve and index shards; `how` are the other fields. Raises DataError where there are none."""
-        return replace(cls([index(shard) for shard in resolve(shards, relative_to)], preprocess), **how)
+        patterns = [shards] if isinstance(shards, str) else shards
+        return replace(cls([index(shard) for shard in resolve(patterns, relative_to)], patterns, preprocess), **how)
 
     def __len__(self) -> int:
         """Samples of the whole set."""
@@ -71,6 +74,14 @@ class Reading:
     @property
     def shards(self) -> list[str]:
         return [one.shard for one in self.indexes]
+
+    def names(self) -> dict[str, npt.NDArray[np.str_]]:
+        """What finds a sample's picture again: `shards`, the `patterns` they came from, `image` the member."""
+        return {
+            "shards": np.array(self.shards),
+            "patterns": np.array(self.patterns),
+            "image": np.array(self.image),
+        }
 
     def shard_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Index into `shards` of each sample of the whole set."""

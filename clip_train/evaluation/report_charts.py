@@ -31,8 +31,8 @@ def accuracy(run: Run, images: dict[str, bytes]) -> str:
     for name, m in run.tasks("retrieval").items():
         counts = f"{m.get('images', 0):,.0f} pictures, {m.get('captions', 0):,.0f} captions"
         groups[f"Retrieval: {words(name)} ({counts})"] = [
-            Bar(f"{words}, R@{k}", m[f"{way}/r@{k}"], m.get(f"{way}/chance_r@{k}"))
-            for way, words in (("text_to_image", "caption → picture"), ("image_to_text", "picture → caption"))
+            Bar(f"{label}, R@{k}", m[f"{way}/r@{k}"], m.get(f"{way}/chance_r@{k}"))
+            for way, label in (("text_to_image", "caption → picture"), ("image_to_text", "picture → caption"))
             for k in (1, 5, 10)
             if f"{way}/r@{k}" in m
         ]
@@ -50,7 +50,7 @@ def accuracy(run: Run, images: dict[str, bytes]) -> str:
     if not charts:
         return ""
     note = (
-        "Right on pictures that training never saw. The grey tick is what guessing would reach; R@k is the share of "
+        "On the recipe's evaluation sets. The grey tick is what guessing would reach; R@k is the share of "
         "queries whose right answer is among the first k."
     )
     return page.section("accuracy", "How often it is right", note, *charts)

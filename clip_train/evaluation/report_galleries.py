@@ -113,7 +113,8 @@ def searches(run: Run, album: Album, images: dict[str, bytes]) -> list[str]:
             for s in by_picture
         )
         note = (
-            f"Captions of “{words(task)}” drawn at random, and the five pictures nearest to each. Framed: a right one."
+            f"Captions of pictures of “{words(task)}” drawn at random, and the five pictures nearest to each. "
+            "Framed: right."
         )
         parts.append(
             page.section(

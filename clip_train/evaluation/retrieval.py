@@ -57,7 +57,7 @@ def evaluate_retrieval(
     Metrics, for both of `image_to_text` and `text_to_image`: `r@1`, `r@5`, `r@10`, `chance_r@1` …, `median_rank`
     (1 is best); and `images`, `captions` (distinct ones).
 
-    Rows: `keys (n,)`, `shard (n,)` index into `shards`, `image`, the name of the member, `captions (m,)`, the pairs
+    Rows: `keys (n,)`, `shard (n,)` index into `shards`, `Reading.names`, `captions (m,)`, the pairs
     `pair_image (p,)`, `pair_caption (p,)`, and for both directions `DIRECTION_ranks (Q,)`, `DIRECTION_top (Q, 5)`,
     `DIRECTION_similarities (Q, 5)`.
 
@@ -74,8 +74,7 @@ def evaluate_retrieval(
     rows: Rows = {
         "keys": found["keys"],
         "shard": reading.shard_of(np.arange(len(found["keys"]))),
-        "shards": np.array(reading.shards),
-        "image": np.array(reading.image),
+        **reading.names(),
         "captions": np.array([caption[:LONGEST_SHOWN] for caption in captions]),
         "pair_image": pair_image,
         "pair_caption": pair_caption,

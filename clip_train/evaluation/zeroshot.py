@@ -65,7 +65,7 @@ def evaluate_zeroshot(
 
     Rows: `keys (n,)`, `shard (n,)` index into `shards`, `labels (n,)`, `ranks (n,)` of the true class,
     `predictions (n, 5)` with their `similarities` (cosines) and `probabilities` (softmax over all classes at the
-    model's temperature), `true_probability (n,)`, `classes (C,)`, `shards`, and `image`, the name of the member.
+    model's temperature), `true_probability (n,)`, `classes (C,)`, and the names in `Reading.names`.
 
     Raises ConfigError for bad classes or templates, DataError for a label that is no class or for no picture.
     """
@@ -77,7 +77,9 @@ def evaluate_zeroshot(
         classes = unstride(
             gathered(
                 gather,
-                lambda: class_embeddings(loaded.model, loaded.tokenizer, mine, templates, device, reading.batch_size),
+                lambda: class_embeddings(
+                    loaded.model, loaded.tokenizer, mine, templates, device, reading.batch_size
+                ).cpu(),
             ),
             device,
         )
@@ -85,8 +87,7 @@ def evaluate_zeroshot(
     rows = in_order(found)
     rows |= {
         "shard": reading.shard_of(np.arange(len(rows["keys"]))),
-        "shards": np.array(reading.shards),
-        "image": np.array(reading.image),
+        **reading.names(),
         "classes": np.array(class_names),
     }
     return EvalResult(summarise(rows["ranks"], rows["labels"], len(class_names)), rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +26,11 @@ class TimmTower(Tower):
 
     def __init__(self, name: str, image_size: int, pretrained: bool = False, **arguments: Any) -> None:
         super().__init__()
+        import timm  # seconds to import, and most models do without
+
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            raise ValueError(
-                f"timm has no model {name!r}" + (f"; nearest: {', '.join(near)}" if near else "")
-            )
+            raise ValueError(f"timm has no model {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
         arguments = {"pretrained": pretrained, "num_classes": 0, **arguments}
         try:
             self.backbone: Any = timm.create_model(name, img_size=image_size, **arguments)
@@ -43,9 +42,7 @@ class TimmTower(Tower):
         self.image_size = image_size
         self.width = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
         stages = getattr(self.backbone, "blocks", None) or getattr(self.backbone, "stages", None)
-        self.blocks = [
-            module for module in stages or self.backbone.children() if isinstance(module, nn.Module)
-        ]
+        self.blocks = [module for module in stages or self.backbone.children() if isinstance(module, nn.Module)]
 
     def forward(self, images: Tensor) -> TowerOutput:
         """`images` `(B, 3, image_size, image_size)` float, normalised. Tokens: cells of the last map."""

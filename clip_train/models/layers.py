@@ -67,9 +67,7 @@ class Layout:
     """Tokens are packed `(T, W)`; `None` means that they lie in a grid `(B, L, W)`."""
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, valid: Tensor | None = None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention.
 
     Args:
@@ -142,9 +140,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float = 4.0, activation: Activation = "gelu"
-    ) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, activation: Activation = "gelu") -> None:
         super().__init__()
         self.attention_norm = LayerNorm(width)
         self.attention = SelfAttention(width, heads)

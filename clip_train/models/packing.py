@@ -73,9 +73,7 @@ class Packing:
             first = int(out_of_range[0])
             raise ValueError(f"length {int(lengths[first])} of caption {first} is not in 1..{length}")
         valid = torch.arange(length) < lengths[:, None]
-        rows = (
-            None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        )
+        rows = None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
         return Packing(batch=len(lengths), length=length, rows=rows)
 
     def pack(self, grid: Tensor) -> Tensor:

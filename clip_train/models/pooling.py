@@ -19,9 +19,7 @@ class AttentionPool(nn.Module):
     """Multi-head attention pooling: one learned query attends to all tokens, then a residual MLP
     ("MAP head", Zhai et al. 2022, *Scaling Vision Transformers*, and SigLIP)."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float = 4.0, activation: Activation = "gelu"
-    ) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, activation: Activation = "gelu") -> None:
         super().__init__()
         self.heads = heads
         self.probe = nn.Parameter(torch.empty(1, 1, width))

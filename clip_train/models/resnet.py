@@ -92,9 +92,7 @@ class ModifiedResNet(Tower):
 
     projection_bias = True
 
-    def __init__(
-        self, image_size: int, layers: Sequence[int] = (3, 4, 6, 3), width: int = 64, heads: int = 32
-    ) -> None:
+    def __init__(self, image_size: int, layers: Sequence[int] = (3, 4, 6, 3), width: int = 64, heads: int = 32) -> None:
         super().__init__()
         if image_size % 32:
             raise ValueError(f"image_size={image_size} is not a multiple of 32")

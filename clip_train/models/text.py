@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clip_train.models.base import Tower, TowerOutput
 from clip_train.models.layers import Activation, Block, LayerNorm, Layout, init_blocks_, to_compute_dtype
@@ -28,7 +29,7 @@ class TextTransformer(Tower):
             the valid tokens; `map` attends to them with a learned query.
         eot_id: the id of EOT, needed only to find lengths when `forward` is not given them.
         packed: `False` computes on the padded grid instead: the same result, in shapes that do not depend on
-            the lengths, as graph export wants.
+            the lengths, as graph export wants. Lengths are then not checked.
 
     Raises:
         ValueError: sizes that do not divide, an unknown choice, or `causal` with `cls`: a first token that
@@ -117,7 +118,7 @@ class TextTransformer(Tower):
             x = self.token_embedding(ids) + position
         else:
             positions = torch.arange(length, device=ids.device).expand(batch, length)
-            x = self.token_embedding(packing.pack(ids)) + position[packing.pack(positions)]
+            x = self.token_embedding(packing.pack(ids)) + F.embedding(packing.pack(positions), position)
         x = to_compute_dtype(x)
         for block in self.blocks:
             x = block(x, layout)

@@ -48,9 +48,7 @@ class TwoTower(nn.Module):
         output: TowerOutput = self.text(ids, lengths)
         return _finish(self.text_projection(output.pooled), normalize)
 
-    def forward(
-        self, images: Tensor, ids: Tensor, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Unit image features `(B, D)`, unit text features `(B, D)`, and `exp(logit_scale)`, all fp32.
 
         One call holds every parameter, as data-parallel wrapping requires.

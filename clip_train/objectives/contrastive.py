@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clip_train.objectives.base import Features, Loss
 
@@ -33,15 +34,15 @@ class InfoNCE:
         Raises:
             ValueError: groups are needed and missing.
         """
-        positives = self._positives(features)
+        targets = self._targets(features)
         # Logits reach +-100, where bf16 resolves no better than 0.5: products and softmax are fp32 whatever
         # autocast says.
         with torch.autocast(features.image.device.type, enabled=False):
             scale = logit_scale.float()
             to_text = scale * features.image.float() @ features.all_text.float().T
             to_image = scale * features.text.float() @ features.all_image.float().T
-            image_to_text, image_accuracy = _direction(to_text, positives)
-            text_to_image, text_accuracy = _direction(to_image, positives)
+            image_to_text, image_accuracy = _direction(to_text, targets)
+            text_to_image, text_accuracy = _direction(to_image, targets)
             total = (image_to_text + text_to_image) / 2
         return Loss(
             total,
@@ -49,22 +50,22 @@ class InfoNCE:
             stats={"accuracy_image_to_text": image_accuracy, "accuracy_text_to_image": text_accuracy},
         )
 
-    def _positives(self, features: Features) -> Tensor:
-        """`(b, B)` bool: which columns are right for which row; the same for both directions."""
-        if self.equal_captions_positive:
-            if features.groups is None or features.all_groups is None:
-                raise ValueError("equal_captions_positive needs the groups of equal captions in the batch")
-            return features.groups[:, None] == features.all_groups
-        rows, columns = len(features.image), len(features.all_image)
-        device = features.image.device
-        own = torch.arange(rows, device=device) + features.first_row
-        return own[:, None] == torch.arange(columns, device=device)
+    def _targets(self, features: Features) -> Tensor:
+        """The right columns of each row, the same in both directions: `(b,)` int64, one for each row, or
+        `(b, B)` bool where there may be several."""
+        if not self.equal_captions_positive:
+            rows = torch.arange(len(features.image), device=features.image.device)
+            return rows + features.first_row
+        if features.groups is None or features.all_groups is None:
+            raise ValueError("equal_captions_positive needs the groups of equal captions in the batch")
+        return features.groups[:, None] == features.all_groups
 
 
-def _direction(logits: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy of `(b, B)` logits with targets spread over `positives`."""
-    mean_positive = logits.masked_fill(~positives, 0.0).sum(dim=1) / positives.sum(dim=1)
+def _direction(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and accuracy of `(b, B)` logits."""
+    predicted = logits.detach().argmax(dim=1)
+    if targets.dtype != torch.bool:
+        return F.cross_entropy(logits, targets), (predicted == targets).float().mean()
+    mean_positive = logits.masked_fill(~targets, 0.0).sum(dim=1) / targets.sum(dim=1)
     loss = (logits.logsumexp(dim=1) - mean_positive).mean()
-    with torch.no_grad():
-        right = positives.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
-    return loss, right
+    return loss, targets.gather(1, predicted[:, None]).float().mean()

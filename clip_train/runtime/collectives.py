@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -78,13 +78,20 @@ def sum_modulo_2_63(value: int, device: torch.device) -> int:
     return (low + high * 2**32) % 2**63
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process."""
+def any_process(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """For each flag, whether it is up in any process; one small collective for all of them."""
     if world_size() == 1:
-        return flag
-    up = torch.tensor([int(flag)], device=device)
+        return list(flags)
+    up = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(up, op=dist.ReduceOp.MAX)
-    return bool(up.item())
+    return [bool(flag) for flag in up.tolist()]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers (BatchNorm's statistics), so that all evaluate the same model."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import json
 import platform
 import signal
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from clip_train.data.bad_samples import BadSampleLog
 from clip_train.data.batch import Batch
 from clip_train.data.stream import Stream
 from clip_train.data.transforms import normalize
-from clip_train.errors import ConfigError, TrainingError
+from clip_train.errors import ConfigError, DataError, TrainingError
 from clip_train.models.flops import image_flops, text_flops
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
@@ -195,9 +195,8 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
         batches = iter(build_loader(recipe, run.stream, run.step, pin_memory=process.device.type == "cuda"))
         while run.step < steps:
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = next_batch(batches, run)
             interval.waited += time.perf_counter() - waiting
-            count_bad_samples(run, batch)
             lr = learning_rate(recipe, run.step)
             try:
                 result = train_step(
@@ -248,8 +247,8 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
                     progress.show(line)
                 interval = Interval.begin()
 
-            stopped = collectives.any_process(stop.signal is not None, process.device)
-            if last or stopped or should_save(run):
+            stopped, due = collectives.any_process([stop.signal is not None, is_save_due(run)], process.device)
+            if last or stopped or due:
                 save(run)
             if not stopped and should_evaluate(run, last=last):
                 figures = evaluate(run.model, run.tokenizer, run.step)
@@ -277,15 +276,28 @@ def to_device(batch: Batch, run: Run) -> Inputs:
     )
 
 
-def count_bad_samples(run: Run, batch: Batch) -> None:
-    """Every process counts all of them, so that all stop at the same step."""
-    if run.process.world > 1:
-        if not collectives.any_process(bool(batch.skipped), run.process.device):
-            return
-        skipped = [sample for part in collectives.gather_objects(batch.skipped) for sample in part]
-    else:
-        skipped = batch.skipped
+def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
+    """The next batch, its bad samples counted.
+
+    All processes count all bad samples and learn of each other's failures, so that they stop at the same step, and
+    nobody waits in a collective for a process whose loader gave up.
+    """
+    failure: DataError | None = None
+    batch: Batch | None = None
+    try:
+        batch = next(batches)
+    except DataError as error:
+        failure = error
+    skipped = batch.skipped if batch is not None else []
+    bad, failed = collectives.any_process([bool(skipped), failure is not None], run.process.device)
+    if failed:
+        messages = [message for message in collectives.gather_objects(str(failure or "")) if message]
+        raise failure or DataError(f"another process could not read its data: {messages[0]}")
+    assert batch is not None
+    if bad:
+        skipped = [sample for part in collectives.gather_objects(skipped) for sample in part]
     run.bad_samples.add(skipped, seen=run.recipe.data.batch_size)
+    return batch
 
 
 def explain_failure(run: Run, batch: Batch, error: TrainingError) -> TrainingError:
@@ -299,12 +311,11 @@ def explain_failure(run: Run, batch: Batch, error: TrainingError) -> TrainingErr
     )
 
 
-def should_save(run: Run) -> bool:
+def is_save_due(run: Run) -> bool:
+    """By steps, or by this process's clock."""
     policy = run.recipe.checkpoint
-    by_steps = policy.every_steps > 0 and run.step % policy.every_steps == 0
     minutes = (time.monotonic() - run.saved_at) / 60
-    by_time = collectives.any_process(0 < policy.every_minutes <= minutes, run.process.device)
-    return by_steps or by_time
+    return (policy.every_steps > 0 and run.step % policy.every_steps == 0) or 0 < policy.every_minutes <= minutes
 
 
 def should_evaluate(run: Run, *, last: bool) -> bool:

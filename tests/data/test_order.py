@@ -87,7 +87,7 @@ def test_any_step_can_be_asked_first() -> None:
     backwards = Order(*arguments)  # type: ignore[arg-type]
     for step in reversed(range(40)):
         parts = [backwards.rows(step, 3 * rank, 3 * rank + 3) for rank in range(4)]
-        assert sum(parts, []) == through[step]
+        assert list(itertools.chain(*parts)) == through[step]
 
 
 def test_seeds_and_epochs_differ() -> None:

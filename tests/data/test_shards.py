@@ -106,6 +106,12 @@ def header(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
     return out.getvalue()
 
 
+def pax_header(records: bytes) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(records)
+    return info.tobuf() + records.ljust(512, b"\0") + header("a.jpg")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -119,13 +125,15 @@ def header(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
         (lambda p: good(p) + good(p), "joined with `cat`"),
         (lambda p: bytes(10240), "holds no samples"),
         (lambda p: header("README"), "holds no samples.*1 members have no KEY.EXTENSION"),
+        (lambda p: pax_header(b"0 path=x\n"), "damaged"),
+        (lambda p: pax_header(b"no length at all"), "damaged"),
         (lambda p: header("../up.jpg"), r"'\.\./up\.jpg' names a place outside"),
         (lambda p: header("/etc/x.jpg"), "names a place outside"),
         (lambda p: header("a.jpg", tarfile.SYMTYPE), "link"),
         (lambda p: header("a.jpg", tarfile.LNKTYPE), "link"),
     ],
 )
-def test_bad_shards_stop_and_are_named(tmp_path: Path, make, message: str) -> None:  # noqa: ANN001
+def test_bad_shards_stop_and_are_named(tmp_path: Path, make, message: str) -> None:
     content = make(tmp_path / "good.tar")
     path = tmp_path / "bad.tar"
     path.write_bytes(content)

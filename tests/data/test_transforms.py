@@ -102,7 +102,7 @@ def test_crop_boxes_have_the_asked_areas_and_ratios() -> None:
     area, ratio = width * height / 120_000, np.log(width / height)
     assert 0.19 < area.min() < 0.21 and 0.59 < area.max() < 0.61
     assert area.mean() == pytest.approx(0.4, abs=0.02)
-    assert np.abs(ratio).max() < math.log(2.05) and abs(ratio.mean()) < 0.05
+    assert np.abs(ratio).max() < math.log(2.05) and abs(ratio.mean()) < 0.1  # long boxes fit less often
     # Every place is reached: the boxes touch all borders.
     assert left.min() == top.min() == 0 and (left + width).max() == 400 and (top + height).max() == 300
 
@@ -132,20 +132,13 @@ def test_rotation_is_torchvisions(degrees: float) -> None:
     augment = Augment(33, rotate=90.0, fill=128, interpolation="bilinear")
     draws = drawn(1)
     draws[0, 1] = (degrees / 90 + 1) / 2
-    maps = augment._affine(draws, np.array([False]))  # noqa: SLF001
+    maps = augment._affine(draws, np.array([False]))
     found = warp(images, maps, 128, "bilinear")
+    expected = reference.rotate(images, degrees, reference.InterpolationMode.BILINEAR, fill=[128.0] * 3)
     # torchvision blends its fill at the border by another rule: compare inside of the inscribed circle.
-    expected = reference.rotate(images, degrees, interpolation=reference.InterpolationMode.BILINEAR, fill=[128.0] * 3)
     y, x = np.mgrid[:33, :33] - 16
     inside = torch.from_numpy(np.hypot(x, y) < 15)
-    turned = [
-        (found - e).abs()[..., inside].max()
-        for e in (
-            expected,
-            reference.rotate(images, -degrees, interpolation=reference.InterpolationMode.BILINEAR, fill=[128.0] * 3),
-        )
-    ]
-    assert min(turned) < 0.1
+    assert (found - expected).abs()[..., inside].max() < 0.1
 
 
 def test_zoom_out_shrinks_onto_the_fill() -> None:

@@ -108,9 +108,7 @@ def test_keys_are_unique_across_splits() -> None:
 
 
 def test_the_unseen_style_is_not_in_training() -> None:
-    assert "twemoji" not in {
-        entry.fields["source"] for entry in (*split("train"), *split("openclipart_test"))
-    }
+    assert "twemoji" not in {entry.fields["source"] for entry in (*split("train"), *split("openclipart_test"))}
     assert {entry.fields["source"] for entry in split("unseen_style")} == {"twemoji"}
 
 
@@ -189,14 +187,10 @@ def test_path_of_a_pattern_unpacks_all_that_match(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pattern = clip_train.embedded.path("pictograms/unseen_style-*.tar")
     found = sorted(path.name for path in pattern.parent.glob(pattern.name))
-    assert found == [
-        f"unseen_style-{n:06d}.tar" for n in range(summary()["splits"]["unseen_style"]["shards"])
-    ]
+    assert found == [f"unseen_style-{n:06d}.tar" for n in range(summary()["splits"]["unseen_style"]["shards"])]
 
 
-def test_path_falls_back_where_the_cache_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_falls_back_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # not a folder
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -207,9 +201,7 @@ def test_path_gives_plain_files_as_they_are() -> None:
     assert clip_train.embedded.path("pictograms/summary.json") == FOLDER / "summary.json"
 
 
-@pytest.mark.parametrize(
-    "wrong", ["pictograms/train-999999.tar", "pictograms/trian-*.tar", "pictogram/x.tar"]
-)
+@pytest.mark.parametrize("wrong", ["pictograms/train-999999.tar", "pictograms/trian-*.tar", "pictogram/x.tar"])
 def test_path_names_what_there_is(wrong: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"pictograms|train-000000\.tar") as error:
         clip_train.embedded.path(wrong)

@@ -161,6 +161,16 @@ def test_what_is_missing_is_left_out_with_a_note(run_dir: Path, gone: str, note:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_shards_that_moved_are_found_by_their_patterns(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = write_report(run_dir).read_bytes()
+    elsewhere = run_dir.parent / "elsewhere"
+    elsewhere.mkdir()
+    (run_dir.parent / "z.tar").rename(elsewhere / "z.tar")
+    monkeypatch.chdir(elsewhere)
+    assert write_report(run_dir).read_bytes() == drawn
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_damaged_parts_are_left_out_with_a_note(run_dir: Path) -> None:
     (run_dir / "eval" / "seen.npz").write_bytes(b"PK\x03\x04 not a zip")
     (run_dir / "recipe.toml").write_text("name = ")
@@ -190,6 +200,7 @@ def test_steps_that_a_resumed_run_repeats_count_once(tmp_path: Path) -> None:
     assert (steps.tolist(), loss.tolist()) == ([1, 2, 3], [5, 4, 3])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_stands_for_its_run(run_dir: Path) -> None:
     of_run = write_report(run_dir).read_bytes()
     checkpoint = run_dir / "checkpoints" / "step_30"

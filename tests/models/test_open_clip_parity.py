@@ -83,9 +83,7 @@ def test_same_weights_give_the_same_features_and_gradients(kind: str, training: 
     assert actual.keys() == expected.keys() == dict(ours.named_parameters()).keys()
     for name, gradient in actual.items():
         tolerance = 1e-5 * max(1.0, float(expected[name].abs().max()))
-        torch.testing.assert_close(
-            gradient, expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradient, expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     if training:  # running statistics too
         torch.testing.assert_close(ours.state_dict(), from_open_clip(theirs.state_dict()), atol=1e-5, rtol=0)
 
@@ -94,9 +92,7 @@ def test_same_weights_give_the_same_features_and_gradients(kind: str, training: 
 def test_names_map_both_ways(kind: str) -> None:
     ours, theirs, _ = pair(kind)
     theirs.load_state_dict(to_open_clip(ours.state_dict()), strict=True)
-    torch.testing.assert_close(
-        from_open_clip(to_open_clip(ours.state_dict())), ours.state_dict(), rtol=0, atol=0
-    )
+    torch.testing.assert_close(from_open_clip(to_open_clip(ours.state_dict())), ours.state_dict(), rtol=0, atol=0)
 
 
 def test_a_parameter_without_a_place_is_named() -> None:

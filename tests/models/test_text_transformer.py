@@ -22,9 +22,7 @@ LENGTHS = torch.tensor([5, 2, 9, 1, 9])
 
 def tower(attention: str, pool: str, **arguments: object) -> TextTransformer:
     torch.manual_seed(0)
-    model = TextTransformer(
-        VOCABULARY, CONTEXT, WIDTH, 3, 4, attention=attention, pool=pool, eot_id=EOT, **arguments
-    )
+    model = TextTransformer(VOCABULARY, CONTEXT, WIDTH, 3, 4, attention=attention, pool=pool, eot_id=EOT, **arguments)
     with torch.no_grad():  # positions of init 0.01 would let a wrong one pass unseen
         model.positional_embedding.normal_(generator=torch.Generator().manual_seed(1))
     return model
@@ -84,9 +82,7 @@ def test_one_caption_alone_is_encoded_as_in_a_batch(attention: str, pool: str) -
     model, ids = tower(attention, pool), captions()
     together = model(ids, LENGTHS).pooled
     for i, length in enumerate(LENGTHS.tolist()):
-        torch.testing.assert_close(
-            model(ids[i : i + 1, :length]).pooled[0], together[i], atol=1e-6, rtol=1e-5
-        )
+        torch.testing.assert_close(model(ids[i : i + 1, :length]).pooled[0], together[i], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("attention", "pool"), CHOICES)
@@ -137,9 +133,7 @@ def test_pooled_is_the_token_it_says(pool: str, expected: int) -> None:
 def test_mean_is_over_valid_tokens() -> None:
     output = tower("causal", "mean")(captions(), LENGTHS)
     for i, length in enumerate(LENGTHS.tolist()):
-        torch.testing.assert_close(
-            output.pooled[i], output.tokens[i, :length].mean(dim=0), atol=1e-6, rtol=1e-5
-        )
+        torch.testing.assert_close(output.pooled[i], output.tokens[i, :length].mean(dim=0), atol=1e-6, rtol=1e-5)
 
 
 def test_lengths_default_to_the_first_eot() -> None:

@@ -56,9 +56,7 @@ def test_equal_to_open_clip_with_gradients() -> None:
 def test_equal_captions_against_a_loop() -> None:
     image, text = unit(7, 8, 2), unit(7, 8, 3)
     groups, scale = torch.tensor([5, 1, 5, 2, 5, 1, 9]), 10.0
-    actual = InfoNCE(equal_captions_positive=True).loss(
-        Features.local(image, text, groups), torch.tensor(scale)
-    )
+    actual = InfoNCE(equal_captions_positive=True).loss(Features.local(image, text, groups), torch.tensor(scale))
 
     total, right = 0.0, 0
     for queries, keys in ((image.double(), text.double()), (text.double(), image.double())):
@@ -124,9 +122,7 @@ def test_logits_are_fp32_under_autocast() -> None:
 
 def test_missing_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="groups of equal captions"):
-        InfoNCE(equal_captions_positive=True).loss(
-            Features.local(unit(2, 4, 0), unit(2, 4, 1)), torch.tensor(1.0)
-        )
+        InfoNCE(equal_captions_positive=True).loss(Features.local(unit(2, 4, 0), unit(2, 4, 1)), torch.tensor(1.0))
 
 
 def test_a_perfect_batch_has_no_loss_left() -> None:

@@ -31,6 +31,7 @@ _AGENT = re.compile(r"<(?:cc:)?Agent\b.*?</(?:cc:)?Agent>", re.DOTALL)
 _JUNK = re.compile(
     r"@|^hash$|part of the flat icon collection|etiquette icons|gramastar|^hash\(0x|^image/svg", re.IGNORECASE
 )
+_SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 _CLIPART_BY = re.compile(r"^clipart by .*? - ", re.IGNORECASE)
 
 
@@ -52,7 +53,8 @@ def cldr(path: Path) -> Iterator[str]:
     content = json.loads(path.read_text(encoding="utf-8"))
     annotations = (content.get("annotations") or content["annotationsDerived"])["annotations"]
     for character, entry in annotations.items():
-        yield f"{character} {entry.get('tts', [''])[0]}: {', '.join(entry.get('default', []))}"
+        if not _SKIN_TONE.search(character):  # thousands of sequences that repeat a name five times
+            yield f"{character} {entry.get('tts', [''])[0]}: {', '.join(entry.get('default', []))}"
 
 
 def openclipart(folder: Path) -> Iterator[str]:

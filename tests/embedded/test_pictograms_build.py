@@ -134,9 +134,7 @@ def test_a_test_picture_near_to_training_goes_and_is_named() -> None:
 
 
 def test_clip_art_is_held_out_by_family() -> None:
-    shapes = [
-        f'<rect x="{x}" y="{y}" width="20" height="20"/>' for x in range(0, 80, 20) for y in range(0, 80, 20)
-    ]
+    shapes = [f'<rect x="{x}" y="{y}" width="20" height="20"/>' for x in range(0, 80, 20) for y in range(0, 80, 20)]
     clip_art = [sample(f"shape-{i}", svg(shape)) for i, shape in enumerate(shapes)]
     twins = [sample(f"twin-{i}", svg(shape.replace('20"/>', '20.2"/>'))) for i, shape in enumerate(shapes)]
     splits = make_splits([sample("emoji", CIRCLE, label="circle")], [], [*clip_art, *twins], near=0.2, seed=0)
@@ -159,9 +157,7 @@ def record(path: str, title: str, *keywords: str, creator: str = "Ann", text: st
 
 def test_captions_of_clip_art() -> None:
     series = [record(f"tools/{tool}.svg", "SVG Tool Set") for tool in ("saw", "axe", "file", "awl", "plane")]
-    apple = record(
-        "food/fruit/red_apple_ann_01.svg", "Red Apple", "hash", "fruit", "0xa10", text="An apple, red."
-    )
+    apple = record("food/fruit/red_apple_ann_01.svg", "Red Apple", "hash", "fruit", "0xa10", text="An apple, red.")
     italian = record("animals/mammals/cane_01.svg", "Cane bianco", "dog", creator="Architetto Francesco")
     flag = record("signs_and_symbols/flags/africa/mali.svg", "mali", "flag", "sign")
     card = record("recreation/games/cards/white/white_c_q.svg", "card", "card")
