@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from tokenizer.commands import train_from_files
 
 from clip_train import embedded
 from clip_train.config import load_recipe
 from clip_train.evaluation.report import write_report
 from clip_train.launch import run_recipe
+from tokenizer.commands import train_from_files
 
 
 def quickstart(run_dir: Path, overrides: Sequence[str], console: Console) -> int:

@@ -1,6 +1,6 @@
 """The debug recipe still gives the recorded losses and the recorded batches: a refactor that changes them must say so.
 
-    python tests/golden/test_golden.py      records anew, after a change that is meant to change them
+python tests/golden/test_golden.py      records anew, after a change that is meant to change them
 """
 
 from __future__ import annotations
