@@ -150,7 +150,7 @@ class BPETokenizer:
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        specials = {self.sot, self.mask, self.vocabulary.special_ids["pad"] if self.pad >= BASE else None}
+        specials = {self.vocabulary.special_ids[role] for role in self.vocabulary.own_specials}
         text: list[str] = []
         for token_id in map(int, ids):
             if token_id == self.eot:
@@ -172,12 +172,13 @@ class BPETokenizer:
 
     def _encode_word(self, word: str) -> bytes:
         """Packed ids of one cleaned word, which holds no white space."""
-        pieces: list[str] = self._pattern.findall(word)
-        if pieces != [word]:
-            # A piece cut again gives itself, so pieces and words can share the cache.
-            return b"".join(map(self._words.__getitem__, pieces))
-        if self.vocabulary.literal_specials and word in (START_LITERAL, END_LITERAL):
-            return _pack([self.sot if word == START_LITERAL else self.eot])
+        if not (word.isascii() and word.isalpha()):  # such a word is one piece
+            pieces: list[str] = self._pattern.findall(word)
+            if pieces != [word]:
+                # A piece cut again gives itself, so pieces and words can share the cache.
+                return b"".join(map(self._words.__getitem__, pieces))
+            if self.vocabulary.literal_specials and word in (START_LITERAL, END_LITERAL):
+                return _pack([self.sot if word == START_LITERAL else self.eot])
         tokens = word.encode("utf-8").translate(ID_OF_BYTE).decode("latin-1")
         tokens = tokens[:-1] + chr(256 + ord(tokens[-1]))
         merge = self._merge_by_heap if len(tokens) > LONG_PIECE else self._merge_by_passes

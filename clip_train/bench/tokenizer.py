@@ -15,7 +15,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -191,11 +191,11 @@ def _open_clip(tokenizer: Any, captions: list[str]) -> Callable[[], object]:
 
 def _transformers(openai: BPETokenizer, captions: list[str]) -> Callable[[], object]:
     """CLIPTokenizerFast out of OpenAI's merges, without a model hub."""
-    from transformers import CLIPTokenizerFast
+    import transformers
 
     vocabulary = openai.vocabulary
     ids = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
-    tokenizer: Any = CLIPTokenizerFast(vocab=ids, merges=list(vocabulary.merges))
+    tokenizer: Any = cast("Any", transformers).CLIPTokenizerFast(vocab=ids, merges=list(vocabulary.merges))
     return lambda: tokenizer(captions, truncation=True, max_length=vocabulary.context_length)["input_ids"]
 
 

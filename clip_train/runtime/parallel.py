@@ -21,7 +21,7 @@ def parallelize(model: TwoTower, process: Process, *, compile: bool = False) -> 
     if compile:
         for tower in (model.image, model.text):
             for block in tower.blocks:
-                block.compile()
+                block.compile(dynamic=True)  # packed captions have another length in every step
     if process.world == 1:
         return model
     on_gpu = process.device.type == "cuda"

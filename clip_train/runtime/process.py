@@ -6,6 +6,7 @@ the fp16 loss scaler. It never gets a loader, a model or a schedule.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -71,12 +72,14 @@ def launched(
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     accelerator = Accelerator(
+        cpu=not on_gpu,  # without it accelerate leaves CPU processes strangers to each other
         mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
         log_with=list(trackers) or None,
         project_dir=logging_dir,
         step_scheduler_with_optimizer=False,
     )
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "processes that do not know each other"
     try:
         yield Process(
             rank=accelerator.process_index,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def main(folder: Path) -> None:
     ids = torch.randint(0, VOCABULARY, (GLOBAL, CAP), generator=generator)
     groups = torch.arange(GLOBAL) % 11  # equal captions, on different processes
     with launched("fp32") as process:
+        assert process.world == int(os.environ["WORLD_SIZE"])
         share = GLOBAL // process.world
         rows = slice(process.rank * share, (process.rank + 1) * share)
         part = Inputs(images[rows], ids[rows], lengths[rows], groups[rows])

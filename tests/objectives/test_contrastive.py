@@ -61,7 +61,7 @@ def test_equal_captions_against_a_loop() -> None:
     total, right = 0.0, 0
     for queries, keys in ((image.double(), text.double()), (text.double(), image.double())):
         for i in range(7):
-            logits = [scale * float(queries[i] @ keys[j]) for j in range(7)]
+            logits = [scale * (queries[i] @ keys[j]).item() for j in range(7)]
             log_sum = math.log(sum(math.exp(logit) for logit in logits))
             positives = [j for j in range(7) if groups[j] == groups[i]]
             total -= sum(logits[j] - log_sum for j in positives) / len(positives)
