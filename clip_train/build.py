@@ -11,6 +11,7 @@ from clip_train.config.schema import (
     Constant,
     ConstantCooldown,
     Cosine,
+    Muon,
     Recipe,
     ResNet,
     Timm,
@@ -97,11 +98,14 @@ def build_objective(recipe: Recipe) -> InfoNCE:
 def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:
     """The optimizer over the model's decay groups."""
     config = recipe.optimizer
+    arguments = config.model_dump(exclude={"kind"})
     match config:
         case AdamW():
-            return optimizers.adamw(
-                model.named_parameters(), no_decay=model.no_weight_decay(), **config.model_dump(exclude={"kind"})
-            )
+            return optimizers.adamw(model.named_parameters(), no_decay=model.no_weight_decay(), **arguments)
+        case Muon():
+            return optimizers.muon(model.named_parameters(), no_decay=model.no_weight_decay(), **arguments)
+        case _:
+            assert_never(config)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -62,7 +62,7 @@ def recipe_tree(shards: str) -> dict[str, Any]:
         "image": {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2},
         "text": {"width": 16, "layers": 1, "heads": 2},
         "model": {"embed_dim": 8},
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"kind": "adamw", "lr": 1e-3},
         "schedule": {"kind": "cosine", "warmup_steps": 2},
         "training": {"steps": 12, "precision": "fp32"},
         "checkpoint": {"every_steps": 4},

@@ -57,6 +57,7 @@ class Vocabulary:
     provenance: str = ""
 
     def __post_init__(self) -> None:
+        check_merges(self.merges)
         if self.context_length < 3:
             raise ValueError(f"context_length {self.context_length}: SOT, one token and EOT need at least 3")
         for role in ("sot", "eot", "pad"):
@@ -68,7 +69,6 @@ class Vocabulary:
         own = self.own_specials
         if len({self.special_ids[role] for role in own}) != len(own):
             raise ValueError(f"two specials share an id: {self.special_ids}")
-        check_merges(self.merges)
 
     @property
     def own_specials(self) -> list[str]:

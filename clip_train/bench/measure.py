@@ -8,10 +8,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ def interleave(
             start = time.perf_counter()
             run()
             if device is not None and device.type == "cuda":
+                import torch
+
                 torch.cuda.synchronize(device)
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
@@ -49,14 +55,18 @@ def median_ratio(peer: Times, ours: Times) -> float:
 def machine(device: torch.device | None = None) -> str:
     """One line that names the machine, for tables."""
     if device is not None and device.type == "cuda":
+        import torch
+
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         text = cpuinfo.read_text()
         names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-        model = (names[0] if names else model) + (" with AMX" if "amx_bf16" in text else "")
-    return f"{os.cpu_count()} cores of {model}, torch {torch.__version__}"
+        model = (names[0] if names else model) + "".join(
+            f" with {feature}" for feature in ("amx_bf16", "avx512_bf16") if feature in text
+        )
+    return f"{os.cpu_count()} cores of {model}, torch {version('torch')}"
 
 
 def conclude(ratio: float, bar: float | None, console: Console) -> int:

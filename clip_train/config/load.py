@@ -197,9 +197,20 @@ def _tables(tree: Tree, *path: str) -> list[Tree]:
 
 def _explain(problem: dict[str, Any]) -> str:
     # Tags of unions ("vit") stand in the location of a problem, but not in the user's key.
-    tags = {"vit", "resnet", "timm", "zeroshot", "retrieval", "cosine", "constant", "constant_cooldown"}
+    tags = {
+        "vit",
+        "resnet",
+        "timm",
+        "zeroshot",
+        "retrieval",
+        "cosine",
+        "constant",
+        "constant_cooldown",
+        "adamw",
+        "muon",
+    }
     loc = [str(part) for part in problem["loc"]]
-    key = ".".join(part for i, part in enumerate(loc) if not (i in (1, 3) and part in tags))
+    key = ".".join(part for i, part in enumerate(loc) if not (i in (1, 3) and part in tags and loc[i - 1] != "kind"))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}.{_suggest(key)}"
     if problem["type"] == "missing":

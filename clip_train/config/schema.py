@@ -197,6 +197,20 @@ class AdamW(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
 
 
+class Muon(Section):
+    """Muon for hidden matrices and convolutions, AdamW for the rest, sharing learning rate and weight decay."""
+
+    kind: Literal["muon"] = "muon"
+    lr: PositiveFloat
+    momentum: Fraction = 0.95
+    """Of Muon."""
+    beta1: Fraction = 0.9
+    """Of AdamW, as the next two."""
+    beta2: Fraction = 0.98
+    eps: PositiveFloat = 1e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
+
+
 class Cosine(Section):
     """Linear warm-up, then a cosine to `final_lr`."""
 
@@ -312,7 +326,7 @@ class Recipe(Section):
     text: TextTransformer = TextTransformer()
     model: Joint = Joint()
     loss: InfoNCE = InfoNCE()
-    optimizer: AdamW
+    optimizer: Annotated[AdamW | Muon, Field(discriminator="kind")]
     schedule: Annotated[Cosine | Constant | ConstantCooldown, Field(discriminator="kind")] = Cosine()
     training: Training
     checkpoint: CheckpointPolicy = CheckpointPolicy()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from clip_train.errors import ConfigError
@@ -92,3 +93,5 @@ def launched(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # accelerate keeps its state for the life of the interpreter; the next launch may be of another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_train.training.muon import MuonAdamW
+
 
 def decay_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, no_decay: set[str]
@@ -39,6 +41,28 @@ def adamw(
     """Fused AdamW (Loshchilov & Hutter 2019) over decay groups."""
     groups = decay_groups(parameters, weight_decay, no_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+
+
+def muon(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    no_decay: set[str],
+    lr: float,
+    momentum: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Muon over hidden matrices and convolutions; AdamW over embeddings, gains, biases and other vectors."""
+    named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    # An embedding's rows are looked up one at a time: there is no matrix product whose spectrum matters.
+    hidden = [(n, p) for n, p in named if p.ndim >= 2 and "embedding" not in n and n not in no_decay]
+    names = {name for name, _ in hidden}
+    rest = [(name, parameter) for name, parameter in named if name not in names]
+    groups = [{"params": [p for _, p in hidden], "weight_decay": weight_decay, "orthogonalize": True}]
+    groups += [{**group, "orthogonalize": False} for group in decay_groups(rest, weight_decay, no_decay)]
+    return MuonAdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, momentum=momentum)
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
     """Build everything, prove that a step fits, open the data, restore the newest checkpoint."""
     if recipe.data.batch_size % process.world:
         raise ConfigError(
-            f"data.batch_size = {recipe.data.batch_size} is global and must be a multiple of the {process.world} processes"
+            f"data.batch_size = {recipe.data.batch_size} is global: make it a multiple of the {process.world} processes"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe)

@@ -16,6 +16,8 @@ import pytest
 from conftest import metrics_of, run_cli
 from safetensors.torch import load_file
 
+from clip_train.cli import main
+
 EXACT = ("step", "loss", "logit_scale", "lr", "grad_norm", "batch")
 
 
@@ -100,7 +102,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shards: str) -> tuple[Pat
         "image": {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2},
         "text": {"width": 16, "layers": 1, "heads": 2},
         "model": {"embed_dim": 8},
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"kind": "adamw", "lr": 1e-3},
         "schedule": {"kind": "constant", "warmup_steps": 2},
         "training": {"steps": 4, "precision": "fp32"},
     }
@@ -120,33 +122,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shards: str) -> tuple[Pat
         ("training.steps=3", "the checkpoint is at 4"),
     ],
 )
-def test_a_checkpoint_of_another_recipe_is_refused(finished: tuple[Path, Path], override: str, message: str) -> None:
+def test_a_checkpoint_of_another_recipe_is_refused(
+    finished: tuple[Path, Path], capfd: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
     recipe, run_dir = finished
-    done = run_cli("train", str(recipe), "--run-dir", str(run_dir), "--set", override)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main(["train", str(recipe), "--run-dir", str(run_dir), "--set", override]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
-def test_never_does_not_overwrite(finished: tuple[Path, Path]) -> None:
+def test_never_does_not_overwrite(finished: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     recipe, run_dir = finished
-    done = run_cli("train", str(recipe), "--run-dir", str(run_dir), "--resume", "never")
-    assert done.returncode == 2
-    assert "already holds checkpoints" in done.stderr
+    assert main(["train", str(recipe), "--run-dir", str(run_dir), "--resume", "never"]) == 2
+    assert "already holds checkpoints" in capfd.readouterr().err
 
 
-def test_longer_training_is_said_aloud(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_longer_training_is_said_aloud(
+    finished: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recipe, run_dir = finished
-    done = run_cli(
-        "train",
-        str(recipe),
-        "--run-dir",
-        str(tmp_path / "longer"),
-        "--resume",
-        str(run_dir),
-        "--set",
-        "training.steps=6",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "training.steps changes from 4 to 6" in done.stdout
+    arguments = ["--run-dir", str(tmp_path / "longer"), "--resume", str(run_dir), "--set", "training.steps=6"]
+    assert main(["train", str(recipe), *arguments]) == 0
+    assert "training.steps changes from 4 to 6" in capfd.readouterr().out.replace("\n", " ")
     assert [line["step"] for line in metrics_of(tmp_path / "longer")][-1] == 6

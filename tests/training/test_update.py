@@ -82,7 +82,7 @@ def test_gradient_caching_gives_the_gradients_of_the_whole_batch(process: Proces
 
 
 def test_random_numbers_are_replayed(process: Process) -> None:
-    """With dropout the second pass must draw the masks of the first: else the cached gradients are of other features."""
+    """With dropout the second pass must draw the masks of the first, or the cached gradients are of other features."""
     batch, model = inputs(8, 16), build(dropout=0.5)
     backward(model, InfoNCE(), batch, process, step=0, seed=0, micro_batch=4)
     actual = gradients(model)
