@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import assert_never
 
 import torch
@@ -18,6 +19,7 @@ from clip_train.config.schema import (
     VisionTransformer,
 )
 from clip_train.data.batch import Batch
+from clip_train.data.cache import Cache, default_folder
 from clip_train.data.loader import Loader
 from clip_train.data.stream import Stream, open_source
 from clip_train.data.transforms import Augment, Preprocess
@@ -135,7 +137,10 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
     """
     data = recipe.data
     return Stream(
-        [open_source(name, **source.model_dump()) for name, source in data.sources.items()],
+        [
+            open_source(name, **source.model_dump(), cache=build_cache(recipe), show=rank == 0)
+            for name, source in data.sources.items()
+        ],
         tokenizer,
         build_augment(recipe),
         seed=recipe.training.seed,
@@ -145,6 +150,16 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
         rank=rank,
         world=world,
         cache_decoded=data.cache_decoded,
+    )
+
+
+def build_cache(recipe: Recipe) -> Cache:
+    """Where shards from elsewhere are kept. The recipe is one that the user runs, so its `pipe:` shards may run too."""
+    folder, gib = recipe.data.cache_dir, recipe.data.cache_gib
+    return Cache(
+        folder=default_folder() if folder is None else Path(folder).expanduser().absolute(),
+        max_bytes=None if gib is None else int(gib * 2**30),
+        commands=True,
     )
 
 

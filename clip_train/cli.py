@@ -95,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     tokenizer = commands.add_parser("tokenizer", help="train, encode, inspect")
     add_tokenizer_commands(tokenizer.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
+    from clip_train.data.commands import add_commands as add_data_commands
+
+    data = commands.add_parser("data", help="make shards, look into them, list the samples of a recipe's batches")
+    add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
+
     from clip_train.bench.commands import add_commands as add_bench_commands
 
     bench = commands.add_parser("bench", help="ours beside a peer, interleaved")

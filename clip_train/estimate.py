@@ -120,7 +120,7 @@ def _text_activations(recipe: Recipe, tokens: float) -> float:
 
 
 def _block_activations(tokens: float, width: int, heads: int, mlp_ratio: float) -> float:
-    # Two norms in and out, q, k, v, mixed values, two residuals; MLP before and after its activation; attention weights.
+    # Norms in and out, q, k, v, mixed values, residuals; the MLP before and after its activation; attention weights.
     return tokens * width * (10 + 2 * mlp_ratio) + heads * tokens**2
 
 

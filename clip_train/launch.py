@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from rich.console import Console
 from clip_train.build import build_preprocess
 from clip_train.config.load import set_values
 from clip_train.config.schema import Recipe
-from clip_train.errors import CheckpointError
+from clip_train.errors import CheckpointError, ConfigError
 from clip_train.evaluation.run import evaluate
 from clip_train.loading import LoadedModel, load_checkpoint
 from clip_train.models.two_tower import TwoTower
@@ -29,6 +30,9 @@ from tokenizer import BPETokenizer
 def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) -> int:
     """Train a recipe and evaluate it. Returns the exit code: 0, or 128 + the signal that ended it early."""
     trackers = ["wandb"] * bool(recipe.logging.wandb_project) + ["tensorboard"] * recipe.logging.tensorboard
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"logging to {tracker} was asked for, but it is not installed: pip install {tracker}")
     with launched(
         recipe.training.precision,
         deterministic=recipe.training.deterministic,

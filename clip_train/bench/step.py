@@ -1,4 +1,6 @@
-"""Our training step beside open_clip's own loop (`open_clip_train.train.train_one_epoch`): same weights, data, precision.
+"""Our training step beside open_clip's own loop, `open_clip_train.train.train_one_epoch`.
+
+Same weights, data and precision on both sides.
 
 Both are given the same batches, decoded and tokenised beforehand, so that the step alone is timed: ours with captions
 trimmed (or padded with `--pad`), open_clip's padded to the cap as its tokenizer gives them. Before anything is timed,
@@ -22,7 +24,7 @@ from torch import Tensor
 from clip_train.bench.measure import conclude, interleave, machine, median_ratio
 from clip_train.build import build_model, build_objective, build_optimizer, build_stream, build_tokenizer
 from clip_train.config import load_recipe
-from clip_train.config.schema import AdamW, Recipe, ResNet, Timm, VisionTransformer
+from clip_train.config.schema import Recipe, ResNet, Timm, VisionTransformer
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
 from clip_train.errors import UserError
@@ -83,7 +85,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 EMBEDDED = [
-    'data.sources={pictograms={shards="embedded:pictograms/train-*.tar", image="webp", caption="json.captions", caption_choice="random"}}',
+    "data.sources={pictograms={shards='embedded:pictograms/train-*.tar', image='webp', caption='json.captions'}}",
+    "data.sources.pictograms.caption_choice=random",
     "data.workers=0",
 ]
 
@@ -108,6 +111,8 @@ def open_clip_model(recipe: Recipe, tokenizer: BPETokenizer, model: TwoTower) ->
                 head_width=image.width * 32 // image.heads,
             )  # fmt: skip
         case Timm():
+            if image.arguments:
+                raise UserError("open_clip cannot pass image.arguments to timm: compare a recipe without")
             vision = CLIPVisionCfg(
                 timm_model_name=image.name, timm_pool="", timm_proj="linear", image_size=image.image_size
             )
@@ -213,8 +218,7 @@ class OpenClipSide:
         self._model, self._loss = peer, ClipLoss(local_loss=True, gather_with_grad=True)
         inputs = [peer_inputs(recipe, batch, tokenizer) for batch in batches]
         self._data = {"train": _Data(_Loader(inputs))}
-        config = recipe.optimizer
-        assert isinstance(config, AdamW)
+        config = recipe.optimizer  # open_clip has AdamW only, which costs less than Muon: the comparison favours it
         named = list(peer.named_parameters())
         # open_clip_train.main's rule for weight decay.
         plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
@@ -223,12 +227,25 @@ class OpenClipSide:
             [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": config.weight_decay}],
             lr=1e-5, betas=(config.beta1, config.beta2), eps=config.eps,
         )  # fmt: skip
+        precision = {"bf16": "amp_bf16", "fp32": "fp32", "fp16": "amp"}[recipe.training.precision]
+        # What its loop reads of its command line.
         self._args = SimpleNamespace(
-            device=str(process.device), precision={"bf16": "amp_bf16", "fp32": "fp32", "fp16": "amp"}[recipe.training.precision],
-            distill=False, accum_freq=1, skip_scheduler=True, horovod=False, grad_clip_norm=recipe.training.gradient_clip,
-            rank=0, local_rank=0, world_size=1, batch_size=recipe.data.batch_size, log_every_n_steps=10**9, wandb=False, distributed=False,
+            device=str(process.device),
+            precision=precision,
+            batch_size=recipe.data.batch_size,
+            grad_clip_norm=recipe.training.gradient_clip,
+            accum_freq=1,
+            log_every_n_steps=10**9,
+            rank=0,
+            local_rank=0,
+            world_size=1,
+            distill=False,
+            skip_scheduler=True,
+            horovod=False,
+            wandb=False,
+            distributed=False,
             local=False,
-        )  # fmt: skip
+        )
         self._scaler = torch.amp.GradScaler() if recipe.training.precision == "fp16" else None  # pyright: ignore[reportPrivateImportUsage]
         logging.getLogger().setLevel(logging.WARNING)
 

@@ -133,8 +133,8 @@ def bench_training(texts: Iterator[str], rounds: int, console: Console) -> float
 
 def synthetic_captions(seed: int = 0, words: int = 1_000_000) -> Iterator[str]:
     """Endless captions with the statistics of text: Zipf's law over the default vocabulary's words and, rarer than all
-    of these, blends of two of them, so that new words keep coming (about as fast as in the glosses of a dictionary: 30,000
-    distinct among 200,000); some punctuation, capitals, digits, accents, emoji.
+    of these, blends of two of them, so that new words keep coming (about as fast as in the glosses of a dictionary:
+    30,000 distinct among 200,000); some punctuation, capitals, digits, accents, emoji.
     """
     generator = np.random.default_rng(seed)
     tokens = BPETokenizer.default().vocabulary.tokens

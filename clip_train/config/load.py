@@ -213,6 +213,8 @@ def _explain(problem: dict[str, Any]) -> str:
     key = ".".join(part for i, part in enumerate(loc) if not (i in (1, 3) and part in tags and loc[i - 1] != "kind"))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}.{_suggest(key)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"missing key '{key}.kind', which says what the other keys of this table mean"
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     return f"{key!r}: {problem['msg']} (got {problem['input']!r})" if key else str(problem["msg"])

@@ -27,8 +27,9 @@ class Source(Section):
     """Shards of one kind, and where in a sample its picture and its captions are."""
 
     shards: str | list[str]
-    """Path, brace pattern (`a-{000..099}.tar`), glob, or a list of them; `embedded:` names shipped data.
-    Relative paths are taken from the recipe's folder, then from the working directory."""
+    """Path, brace pattern (`a-{000..099}.tar`), glob, or a list of them; also URLs (http, https, s3, gs, …),
+    `pipe:COMMAND` whose output is the shard, and `embedded:` for shipped data. Relative paths are taken from the
+    recipe's folder, then from the working directory."""
     image: str = "jpg;jpeg;png;webp"
     """Extensions of the member that holds the picture, the first present wins."""
     caption: str = "txt"
@@ -87,6 +88,11 @@ class Data(Section):
     """Share of undecodable samples above which the run stops."""
     cache_decoded: bool = False
     """Keep decoded pictures in memory: for sets far smaller than memory."""
+    cache_dir: str | None = None
+    """Where shards from elsewhere (http, s3, …) are kept while they are used, shared by the processes of a node, and
+    the listings of all shards; the default is `$XDG_CACHE_HOME/clip-train/shards`."""
+    cache_gib: PositiveFloat | None = None
+    """Most GiB of shards in `cache_dir`; what was read longest ago goes. The default is what the disk holds."""
 
     @model_validator(mode="after")
     def _has_sources(self) -> Data:

@@ -122,12 +122,17 @@ def read_label(column: Column, data: bytes) -> int | str:
     raise BadSampleError(f"its label is {json.dumps(found)[:60]}: a class number or name is wanted")
 
 
-def check_columns(index: ShardIndex, *, image: str, caption: str | None = None, label: str | None = None) -> None:
+def check_columns(
+    index: ShardIndex, *, image: str, caption: str | None = None, label: str | None = None, contents: bool = True
+) -> None:
     """Stop at once where a shard cannot have a column: `check_columns(index, image="jpg;png",
     caption="txt")`.
 
     Single samples without a member are met during training and counted; here every sample lacks it, or none
     of the first ones has the JSON field, so the name must be wrong.
+
+    Args:
+        contents: also look into the first samples, for which the shard must be read.
 
     Raises:
         DataError: with the shard, the key, and what the shard does contain.
@@ -142,7 +147,7 @@ def check_columns(index: ShardIndex, *, image: str, caption: str | None = None, 
                 f"{index.shard}: no sample has the member that `{key} = {name!r}` names. Its {len(index)} "
                 f"samples hold: {index.contents()}.{_json_fields(index)} Set `{key}` to one of these."
             )
-        if reader is not None:
+        if reader is not None and contents:
             _probe(index, key, name, alternatives, reader)
 
 

@@ -1,11 +1,18 @@
-"""Reading parts of shards: each file is opened once and read at offsets, so that order costs nothing."""
+"""Reading parts of shards: files are read at offsets, so that order costs nothing.
+
+A local shard is opened once. One from elsewhere is opened, in the cache, for each read (15 us): what a process does
+not read this moment may make room for what another one needs.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from functools import partial
 
-from clip_train.data.shards import ShardIndex, local_file
+from clip_train.data.index_files import ShardIndex
+from clip_train.data.remote import Found
+from clip_train.data.shards import verify
 from clip_train.errors import DataError
 
 
@@ -24,17 +31,14 @@ class ShardFiles:
         """`size` bytes at `offset` of a shard.
 
         Raises:
-            DataError: the shard has gone, or is no longer the file that was indexed.
+            DataError: the shard has gone, is no longer what was indexed, or cannot be fetched.
         """
         try:
-            descriptor = self._descriptor(index)
-            data = os.pread(descriptor, size, offset)
-            while len(data) < size:  # a read may be split by the file system
-                more = os.pread(descriptor, size - len(data), offset + len(data))
-                if not more:
-                    raise DataError(f"{index.shard}: became shorter while it was read. Stop what writes to it.")
-                data += more
-            return data
+            if index.cache is None:
+                return _read(index, self._descriptor(index), offset, size)
+            found = Found(index.size, index.version)
+            with index.cache.opened(index.shard, found, partial(verify, index)) as descriptor:
+                return _read(index, descriptor, offset, size)
         except OSError as error:
             raise DataError(
                 f"{index.shard}: cannot be read any more ({error.strerror}). Put it back and resume the run."
@@ -44,7 +48,7 @@ class ShardFiles:
         if index.shard in self._open:
             self._open.move_to_end(index.shard)
             return self._open[index.shard]
-        descriptor = os.open(local_file(index.shard), os.O_RDONLY)
+        descriptor = os.open(index.shard, os.O_RDONLY)
         if os.fstat(descriptor).st_size != index.size:
             os.close(descriptor)
             raise DataError(f"{index.shard}: changed after it was indexed. Put the old file back, or start anew.")
@@ -59,3 +63,13 @@ class ShardFiles:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _read(index: ShardIndex, descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # a read may be split by the file system
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise DataError(f"{index.shard}: became shorter while it was read. Stop what writes to it.")
+        data += more
+    return data

@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import threading
-import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from clip_train.data.pack_folder import Packed, finish, open_output, write_text
 from clip_train.data.pack_shard import Format, PictureOptions, Record, ShardRecord, Skipped, write_shard
 from clip_train.data.pack_sources import Fields, Source, choose, from_rows, records
+from clip_train.data.pack_workers import progress_bar, worker_pool
 from clip_train.errors import DataError
 
 _LEAST_BAD, _LEAST_SEEN = 8, 100  # a share of fewer says nothing; as in training
 
 
 def pack(
-    samples: Iterable[Any],
+    samples: Iterable[Any] | Source,
     out: Path | str,
     *,
     image: str | None = None,
@@ -83,7 +77,7 @@ def pack(
         budget = _Budget(max_bad_fraction)
         done: list[ShardRecord] = []
         # Processes first: they are forked, and the bar has a thread.
-        with _pool(workers) as pool, _bar(console, source.total) as progress:
+        with worker_pool(workers) as pool, progress_bar(console, source.total) as progress:
             task = progress.add_task("packing", total=source.total, skipped=0)
             for record in _run(jobs, finished, options, pool, ahead=workers + 1):
                 if record.name not in known:
@@ -169,31 +163,6 @@ def _result(one: Future[ShardRecord] | ShardRecord) -> ShardRecord:
         ) from error
 
 
-@contextmanager
-def _pool(workers: int) -> Generator[ProcessPoolExecutor | None]:
-    if workers == 0:
-        yield None
-        return
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _set_up_worker, (os.getpid(),))
-    try:
-        pool.submit(os.getpid).result()  # with `fork` this starts them all
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _set_up_worker(parent: int) -> None:
-    """Ctrl-C is the parent's business; a worker whose parent was killed ends, too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 class _Budget:
     """Stops a pack that would leave out too much."""
 
@@ -212,10 +181,3 @@ class _Budget:
                 f"{self.max_fraction:g} allows. First: {first}. Mend the source; or, if these may be lost, raise "
                 "--max-bad-fraction: the same command then goes on."
             )
-
-
-def _bar(console: Console | None, total: int | None) -> Progress:
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    left = [TimeRemainingColumn()] if total else []
-    skipped = TextColumn("{task.fields[skipped]} skipped")
-    return Progress(*columns, *left, skipped, console=console, disable=console is None)

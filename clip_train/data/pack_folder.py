@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_train.data.index_files import write_index
 from clip_train.data.pack_shard import ShardRecord, Skipped, replace
 from clip_train.data.shards import data_fingerprint, index
 from clip_train.errors import DataError
@@ -41,9 +42,10 @@ class Packed:
         """The recipe's part that reads these shards."""
         extensions = sorted(self.formats, key=lambda one: -self.formats[one])
         several = self.captions > self.samples
+        shards = json.dumps(str(self.out.resolve() / "*.tar"), ensure_ascii=False)
         lines = [
             f"[data.sources.{name}]",
-            f"shards = {json.dumps(str(self.out.resolve() / '*.tar'))}",
+            f"shards = {shards}",
             f'image = "{";".join(extensions)}"',
             'caption = "json.captions"',
         ]
@@ -115,7 +117,8 @@ def finish(folder: Path, settings: dict[str, Any], done: list[ShardRecord], alre
     if not any(record.samples for record in done):
         first = "; ".join(f"{one.name}: {one.cause}" for record in done for one in record.skipped[:3])
         raise DataError(f"{folder}: there are no samples to pack{': ' * bool(first)}{first}")
-    fingerprint = data_fingerprint(index(str(folder / record.name)) for record in done if record.samples)
+    indexes = [index(str(folder / record.name)) for record in done if record.samples]
+    fingerprint = data_fingerprint(indexes)
     packed = Packed(
         out=folder,
         samples=sum(record.samples for record in done),
@@ -137,6 +140,8 @@ def finish(folder: Path, settings: dict[str, Any], done: list[ShardRecord], alre
         "shards": [{key: value for key, value in asdict(record).items() if key != "skipped"} for record in done],
     }
     if not packed.already:
+        for one in indexes:
+            write_index(one)
         lines = [json.dumps({"shard": record.name, **asdict(one)}, ensure_ascii=False) + "\n"
                  for record in done for one in record.skipped]  # fmt: skip
         if lines:

@@ -160,16 +160,16 @@ _FOLDER_COLUMNS = ["image", "caption", "name"]
 def _folder(folder: Path, image_root: Path | None, encoding: str) -> Source:
     """A folder: one table in it with the captions, parquet files, or pictures with .txt or .json beside them."""
     top = sorted(entry for entry in folder.iterdir() if entry.is_file())
-    parquet = [path for path in top if path.suffix.lower() == ".parquet"]
+    parquets = [path for path in top if path.suffix.lower() == ".parquet"]
     tables = [path for path in top if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".jsonl"))]
-    if len(tables) > 1 or (tables and parquet):
-        names = ", ".join(path.name for path in [*tables, *parquet][:6])
+    if len(tables) > 1 or (tables and parquets):
+        names = ", ".join(path.name for path in [*tables, *parquets][:6])
         raise DataError(
             f"{folder}: there are several files that could hold the captions ({names}). Name the one: "
             f"clip-train data pack {folder / tables[0].name} OUT"
         )
-    if parquet:
-        return parquet(parquet, image_root or folder)
+    if parquets:
+        return parquet(parquets, image_root or folder)
     files = sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
     pictures = [path for path in files if path.suffix.lower() in PICTURES]
     beside = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".json"}

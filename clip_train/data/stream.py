@@ -19,17 +19,22 @@ from torch import Tensor
 
 from clip_train.data import columns
 from clip_train.data.batch import BadSample, Batch, Tokenizer
+from clip_train.data.cache import Cache
 from clip_train.data.columns import BadSampleError, Column
 from clip_train.data.decode import DecodeError, Pixels, decode
 from clip_train.data.files import ShardFiles
 from clip_train.data.hashing import AUGMENT, CAPTION, SUBSTITUTE, mix, text_hash, uniform
 from clip_train.data.order import Order, Position
-from clip_train.data.shards import ShardIndex, data_fingerprint, index, resolve
+from clip_train.data.prefetch import Prefetcher, check_room
+from clip_train.data.shards import ShardIndex, data_fingerprint, index_all, resolve
 from clip_train.data.transforms import DRAWS, Augment
 from clip_train.errors import DataError
 
 _ATTEMPTS = 16
 """Bad samples in a row, one substituted for the other, after which the data must be rubbish."""
+
+_AHEAD = 64
+"""Steps before a shard is read that its transfer begins, where it lies elsewhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +62,21 @@ def open_source(
     caption_choice: Literal["first", "random"] = "first",
     weight: float | None = None,
     relative_to: Path | None = None,
+    cache: Cache | None = None,
+    show: bool = False,
 ) -> SourceData:
     """Find, index and check a source's shards. No picture is read. Arguments as `[data.sources.NAME]`.
+
+    Args:
+        cache: where shards from elsewhere are kept; by default `Cache()`.
+        show: draw a progress bar on a terminal.
 
     Raises:
         DataError: no such shards, a shard is damaged, or lacks a column: before anything is trained.
     """
-    indexes = [index(shard) for shard in resolve(shards, relative_to)]
-    for one in indexes:
-        columns.check_columns(one, image=image, caption=caption)
+    indexes = index_all(resolve(shards, relative_to), cache, show)
+    for number, one in enumerate(indexes):  # of shards that would have to be fetched for it, the first is read
+        columns.check_columns(one, image=image, caption=caption, contents=number == 0 or one.at_hand())
     return SourceData(name, indexes, columns.parse(image), columns.parse(caption), caption_choice, weight)
 
 
@@ -114,6 +125,10 @@ class Stream(torch.utils.data.Dataset[Batch]):
         self.order = Order([source.counts for source in sources], weights or None, seed, batch_size, lanes, window)
         self.fingerprint = data_fingerprint(one for source in sources for one in source.indexes)
         self._files = ShardFiles()
+        for source in sources:
+            check_room(source.indexes, lanes, window)
+        self._remote = any(one.cache is not None for source in sources for one in source.indexes)
+        self._prefetcher = Prefetcher()
         self._decoded: dict[tuple[int, int, int], Pixels] | None = {} if cache_decoded else None
 
     @property
@@ -130,6 +145,9 @@ class Stream(torch.utils.data.Dataset[Batch]):
         local = self.batch_size // self.world
         rows = range(self.rank * local, (self.rank + 1) * local)
         positions = self.order.rows(step, rows.start, rows.stop)
+        if self._remote:
+            later = self.order.rows(step + _AHEAD, rows.start, rows.stop)
+            self._prefetcher.want(dict.fromkeys(self._index(position) for position in [*positions, *later]))
         draws, choices = self._draws(positions)  # of all at once: many times faster than one by one
         images = torch.empty((local, 3, self.augment.size, self.augment.size), dtype=torch.uint8)
         keys: list[str] = []

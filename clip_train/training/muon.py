@@ -103,12 +103,16 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     Newton-Schulz: X <- a X + (b X X' + c (X X')^2) X, on the short side.
     """
     a, b, c = QUINTIC
+    if matrices.device.type == "cpu" and len(matrices) > 1:  # one by one: bf16 products of stacks are slow there
+        return torch.cat([orthogonalize(one, iterations) for one in matrices.split(1)])
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.mT
+        x = x.mT.contiguous()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if len(x) == 1:
+        x = x[0]
     for _ in range(iterations):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.mT if tall else x).reshape(matrices.shape)

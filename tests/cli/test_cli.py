@@ -187,3 +187,16 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip().endswith("False"), done.stdout + done.stderr
+
+
+def test_trackers_write_beside_the_run(
+    recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe_tree["logging"] |= {"wandb_project": "demo", "tensorboard": True}
+    recipe_tree["evaluation"] = {}
+    done = run_cli(
+        "train", str(write_recipe(recipe_tree)), "--run-dir", str(tmp_path / "run"), env={"WANDB_MODE": "offline"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("run/wandb/offline-run-*"))
+    assert list(tmp_path.glob("run/**/events.out.tfevents.*"))

@@ -132,3 +132,9 @@ def test_every_shipped_recipe_loads_and_says_its_command(path: Path) -> None:
     )
     assert "Hardware:" in head
     assert "Result:" in head or "Expect" in head
+
+
+def test_missing_kind_is_named(recipe_tree: dict[str, Any]) -> None:
+    del recipe_tree["optimizer"]["kind"]
+    with pytest.raises(ConfigError, match=r"missing key 'optimizer\.kind'"):
+        parse_recipe(recipe_tree)

@@ -47,12 +47,6 @@ def test_resolve_says_what_is_there(folder: Path) -> None:
         resolve("embedded:no-such-set/x.tar")
 
 
-@pytest.mark.parametrize("url", ["https://host/a.tar", "s3://bucket/a.tar", "pipe:cat a.tar"])
-def test_remote_shards_are_refused_by_name(url: str) -> None:
-    with pytest.raises(DataError, match="only local shards"):
-        resolve(url)
-
-
 LONG = "folder/" + "n" * 150 + ".jpg"
 
 

@@ -1,0 +1,91 @@
+"""What a model will see, on paper: the global batches of a recipe, from the formula alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from clip_train.data.stream import Stream
+from clip_train.errors import DataError
+
+
+class Row(NamedTuple):
+    """One sample of a global batch."""
+
+    step: int
+    """As numbered in `metrics.jsonl`: the first is 1."""
+    row: int
+    rank: int
+    worker: int
+    """Of the rank's loader workers, in a run that began with step 1."""
+    source: str
+    shard: str
+    epoch: int
+    """Of the source, from 0."""
+    key: str
+
+
+def parse_steps(text: str) -> range:
+    """`A:B`, both included, or `A` alone; steps as numbered in `metrics.jsonl`.
+
+    Raises:
+        DataError: anything else.
+    """
+    first, colon, last = text.partition(":")
+    try:
+        steps = range(int(first), int(last if colon else first) + 1)
+    except ValueError:
+        raise DataError(f"--steps {text}: write A:B, two numbers as in metrics.jsonl, for example 1:3") from None
+    if steps.start < 1 or not steps:
+        raise DataError(f"--steps {text}: steps are counted from 1, as in metrics.jsonl, and A is not above B")
+    return steps
+
+
+def batch_rows(stream: Stream, step: int, *, ranks: int = 1, workers: int = 1) -> list[Row]:
+    """The global batch of a step, row by row. Reads no picture, so bad samples are not replaced.
+
+    Raises:
+        DataError: the ranks cannot share the batch.
+    """
+    size = stream.batch_size
+    if ranks < 1 or workers < 0 or size % ranks:
+        raise DataError(f"data.batch_size {size} cannot be shared by {ranks} ranks: it must be a multiple of them")
+    index = step - 1  # the stream counts updates made before, metrics.jsonl those made
+    found: list[Row] = []
+    for row, place in enumerate(stream.order.batch(index)):
+        source = stream.sources[place.source]
+        shard = source.indexes[place.shard]
+        rank, worker = row // (size // ranks), index % max(1, workers)
+        found.append(Row(step, row, rank, worker, source.name, shard.shard, place.epoch, shard.key(place.sample)))
+    return found
+
+
+def digest(keys: Sequence[str]) -> str:
+    """`batch` in `metrics.jsonl`, of a global batch without bad samples: the sum over rows of
+    blake2b-64(row, 0 byte, key), modulo 2**63, in 16 hexadecimal digits.
+    """
+    total = 0
+    for row, key in enumerate(keys):
+        line = f"{row}\0{key}".encode("utf-8", "surrogateescape")
+        total += int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
+    return f"{total % 2**63:016x}"
+
+
+def listing(stream: Stream, steps: range, *, ranks: int, workers: int, batches_only: bool) -> Iterator[str]:
+    """Lines of tab-separated columns, the first naming them."""
+    if batches_only:
+        yield "step\tbatch\tepoch\tfirst_key\tlast_key"
+    else:
+        yield "step\tbatch\trow\trank\tworker\tsource\tepoch\tshard\tkey"
+    for step in steps:
+        rows = batch_rows(stream, step, ranks=ranks, workers=workers)
+        total = digest([one.key for one in rows])
+        if batches_only:
+            epoch = step * stream.batch_size / stream.samples
+            yield f"{step}\t{total}\t{epoch:.4f}\t{rows[0].key}\t{rows[-1].key}"
+            continue
+        for one in rows:
+            yield "\t".join(
+                map(str, (step, total, one.row, one.rank, one.worker, one.source, one.epoch, one.shard, one.key))
+            )

@@ -1,0 +1,186 @@
+"""Looking at one shard: what it holds as far as it can be read, and each sample measured.
+
+Reading goes through the code that training reads with, so that a sample is broken here exactly if it would be there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from clip_train.data import columns
+from clip_train.data.columns import BadSampleError, Column
+from clip_train.data.decode import DecodeError, Pixels, decode
+from clip_train.data.files import ShardFiles
+from clip_train.data.index_files import ShardIndex
+from clip_train.data.shards import local_file
+from clip_train.data.tar import members
+from clip_train.errors import DataError
+from tokenizer import BPETokenizer
+
+
+class Broken(NamedTuple):
+    """A sample that training would skip."""
+
+    shard: str
+    key: str
+    cause: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The headers of a shard, as far as they can be read."""
+
+    shard: str
+    size: int
+    index: ShardIndex | None
+    """None where not one sample can be read."""
+    damage: str | None
+    """Why the whole shard would be refused."""
+    broken: list[Broken]
+    """Samples that are unusable whatever their bytes are: a member twice, or a name that leads elsewhere."""
+    strays: list[str]
+    """Members that belong to no sample."""
+
+
+def scan(shard: str) -> Scan:
+    """Read the headers of a shard up to its end or its damage."""
+    path = local_file(shard)
+    extensions: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    places: dict[tuple[int, int], tuple[int, int]] = {}
+    broken: dict[str, Broken] = {}
+    strays: list[str] = []
+    damage: str | None = None
+    size = 0
+    try:
+        size = path.stat().st_size
+        for name, offset, length in members(path):
+            key, extension = split_name(name)
+            if not extension:
+                strays.append(name)
+                continue
+            row = rows.setdefault(key, len(rows))
+            place = (row, extensions.setdefault(extension, len(extensions)))
+            if name.startswith("/") or ".." in name.split("/"):
+                broken[key] = Broken(shard, key, f"member {name!r} names a place outside of the archive")
+            elif place in places:
+                broken[key] = Broken(shard, key, f"member {name!r} occurs twice")
+            places.setdefault(place, (offset, length))
+    except DataError as error:
+        damage = str(error)
+    except OSError as error:
+        damage = f"{shard}: cannot be read: {error.strerror or error}"
+    if damage is None and broken:
+        damage = f"{shard}: {next(iter(broken.values())).cause}; training refuses the whole shard"
+    if not rows:
+        return Scan(shard, size, None, damage or f"{shard}: holds no samples", [], strays)
+    table = np.full((2, len(rows), len(extensions)), -1, dtype=np.int64)
+    at = np.array(list(places), dtype=np.int64)
+    table[:, at[:, 0], at[:, 1]] = np.array(list(places.values()), dtype=np.int64).T
+    keys = np.array([key.encode("utf-8", "surrogateescape") for key in rows])
+    index = ShardIndex(shard, size, tuple(extensions), keys, table[0], table[1])
+    return Scan(shard, size, index, damage, list(broken.values()), strays)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name -> its sample's key and its extension, as `clip_train.data.shards.index`; "" for strays."""
+    folder, slash, file = name.removeprefix("./").rpartition("/")
+    stem, _, extension = file.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and extension else (name, "")
+
+
+class Measured(NamedTuple):
+    """One sample. Where it is broken only `shard`, `key`, `cause` and perhaps `byte_hash` mean anything."""
+
+    shard: int
+    row: int
+    key: str
+    cause: str | None
+    format: str = ""
+    mode: str = ""
+    """Pillow's, of the picture as it is stored."""
+    width: int = 0
+    height: int = 0
+    size: int = 0
+    """Bytes of the picture."""
+    byte_hash: bytes = b""
+    pixel_hash: bytes = b""
+    dhash: int = 0
+    """`difference_hash` of the pixels."""
+    blank: bool = False
+    """All pixels have one colour."""
+    captions: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    """Of each caption, SOT and EOT included, before it is cut."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Some samples of a shard to be measured."""
+
+    shard: int
+    index: ShardIndex
+    rows: list[int]
+    image: tuple[Column, ...]
+    caption: tuple[Column, ...]
+
+
+def measure(work: Work, tokenizer: BPETokenizer) -> list[Measured]:
+    """Decode pictures and tokenise captions.
+
+    Raises:
+        DataError: the shard changed meanwhile.
+    """
+    files = ShardFiles()
+    return [_measure(work, row, files, tokenizer) for row in work.rows]
+
+
+def _measure(work: Work, row: int, files: ShardFiles, tokenizer: BPETokenizer) -> Measured:
+    key = work.index.key(row)
+    try:
+        column, data = columns.read(files, work.index, row, work.image)
+        pixels = decode(data)
+        captions = columns.read_captions(*columns.read(files, work.index, row, work.caption))
+    except (BadSampleError, DecodeError) as error:
+        return Measured(work.shard, row, key, str(error))
+    with Image.open(io.BytesIO(data)) as image:
+        stored = (image.format or column.extension, image.mode)
+    return Measured(
+        work.shard,
+        row,
+        key,
+        None,
+        *stored,
+        width=pixels.shape[1],
+        height=pixels.shape[0],
+        size=len(data),
+        byte_hash=hashlib.blake2b(data, digest_size=16).digest(),
+        pixel_hash=hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest(),
+        dhash=difference_hash(pixels),
+        blank=bool((pixels == pixels[0, 0]).all()),
+        captions=tuple(captions),
+        tokens=tuple(len(tokenizer.encode(text)) + 2 for text in captions),
+    )
+
+
+def difference_hash(pixels: Pixels) -> int:
+    """64 bits: the picture in grey at 9 x 8, and for each pixel whether its right neighbour is brighter.
+
+    Source: N. Krawetz, "Kind of Like That" (2013), known as dHash.
+    """
+    small = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.LANCZOS))
+    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
+
+
+def img2dataset_stats(shard: str) -> Path | None:
+    """`00000_stats.json` beside `00000.tar`."""
+    path = local_file(shard)
+    stats = path.with_name(path.stem + "_stats.json")
+    return stats if stats.is_file() else None
