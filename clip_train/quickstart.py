@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clip_train import embedded
 from clip_train.config import load_recipe
+from clip_train.data.shards import resolve
 from clip_train.evaluation.report import write_report
 from clip_train.launch import run_recipe
 from tokenizer.commands import train_from_files
@@ -19,8 +19,8 @@ def quickstart(run_dir: Path, overrides: Sequence[str], console: Console) -> int
     vocabulary = run_dir / "vocabulary.json"
     if not vocabulary.exists():
         console.rule("1 · a vocabulary from the captions")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        train_from_files(sorted(embedded.path("pictograms").glob("train-*.tar")), vocabulary, console=console)
+        shards = [Path(shard) for shard in resolve("embedded:pictograms/train-*.tar")]
+        train_from_files(shards, vocabulary, console=console)
     recipe = load_recipe("quickstart", [f"tokenizer.path={vocabulary.resolve()}", *overrides])
     console.rule("2 · training and evaluation")
     code = run_recipe(recipe, run_dir, resume="auto", console=console)

@@ -19,6 +19,7 @@ from clip_train.data.columns import BadSampleError, Column
 from clip_train.data.decode import DecodeError, Pixels, decode
 from clip_train.data.files import ShardFiles
 from clip_train.data.index_files import ShardIndex
+from clip_train.data.pack_shard import cause_of
 from clip_train.data.shards import local_file
 from clip_train.data.tar import members
 from clip_train.errors import DataError
@@ -149,7 +150,7 @@ def _measure(work: Work, row: int, files: ShardFiles, tokenizer: BPETokenizer) -
         pixels = decode(data)
         captions = columns.read_captions(*columns.read(files, work.index, row, work.caption))
     except (BadSampleError, DecodeError) as error:
-        return Measured(work.shard, row, key, str(error))
+        return Measured(work.shard, row, key, cause_of(error))
     with Image.open(io.BytesIO(data)) as image:
         stored = (image.format or column.extension, image.mode)
     return Measured(

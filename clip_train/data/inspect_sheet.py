@@ -41,7 +41,7 @@ def contact_sheet(path: Path, scans: Sequence[Scan], good: Sequence[Measured], i
         caption = one.captions[0] + (f"  (+{len(one.captions) - 1})" if len(one.captions) > 1 else "")
         for line, text in enumerate(_wrapped(caption, plain, _CELL, _LINES)):
             draw.text((left, top + _CELL + 2 + 15 * line), text, fill="black", font=plain)
-        label = _wrapped(f"{one.key}  {one.width}x{one.height}", small, _CELL, 1)[0]
+        label = _wrapped(f"{one.width}x{one.height} {one.key}", small, _CELL, 1)[0]
         draw.text((left, top + _CELL + 3 + 15 * _LINES), label, fill="#777777", font=small)
     sheet.save(path)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -114,7 +115,7 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
                     texts = read_captions(record)
                     extension, data = encode_picture(record.image, options)
                 except (SkippedError, DecodeError) as error:
-                    skipped.append(Skipped(record.row, record.name, str(error)))
+                    skipped.append(Skipped(record.row, record.name, cause_of(error)))
                     continue
                 content = {"captions": texts, "name": record.name, **record.kept}
                 add_member(tar, f"{record.row:09d}.{extension}", data)
@@ -131,6 +132,11 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     size = path.stat().st_size if formats else 0
     return ShardRecord(path.name, formats.total(), captions, size, inputs, dict(sorted(formats.items())), skipped)
+
+
+def cause_of(error: Exception) -> str:
+    """An error's text without the addresses that Pillow puts in, which differ from run to run."""
+    return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
