@@ -179,6 +179,7 @@ def _anchor_paths(tree: Tree, folder: Path) -> None:
             if isinstance(table, dict) and key in table:
                 table[key] = anchor(table[key])
 
+    anchor_in(tree.get("data"), "cache_dir")
     for source in _tables(tree, "data", "sources"):
         anchor_in(source, "shards")
     for task in _tables(tree, "evaluation", "tasks"):

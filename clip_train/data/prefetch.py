@@ -45,7 +45,7 @@ def check_room(indexes: Sequence[ShardIndex], lanes: int, window: int) -> None:
     Raises:
         DataError: with the room that is needed.
     """
-    cache = indexes[0].cache
+    cache = next((one.cache for one in indexes if one.cache is not None), None)
     if cache is None or cache.max_bytes is None:
         return
     lanes = min(lanes, len(indexes))

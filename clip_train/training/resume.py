@@ -25,6 +25,8 @@ FREE = (
     "checkpoint.",
     "data.workers",
     "data.cache_decoded",
+    "data.cache_dir",
+    "data.cache_gib",
     "data.max_bad_fraction",
     "tokenizer.path",  # its fingerprint is compared instead
     "training.micro_batch",

@@ -63,10 +63,11 @@ def test_default_vocabulary_has_exactly_49152_ids(default: BPETokenizer) -> None
     assert len(default.encode("a photo of a golden retriever wearing sunglasses")) == 8
 
 
-def test_ids_equal_open_clip_on_fuzzed_text(openai: BPETokenizer) -> None:
-    """120,000 texts; the batch form with truncation is compared on all, so `encode` need only be on some."""
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_ids_equal_open_clip_on_fuzzed_text(openai: BPETokenizer, seed: int) -> None:
+    """120,000 texts in four parts; the batch form with truncation is compared on all, `encode` on some."""
     peer = SimpleTokenizer()
-    texts = list(fuzzed_texts(120_000, seed=1))
+    texts = list(fuzzed_texts(30_000, seed))
     ids, lengths = openai.encode_batch(texts)
     for text, ours in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
         theirs = [peer.sot_token_id, *peer.encode(text), peer.eot_token_id]
