@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -64,11 +65,7 @@ class Batch:
 
         A function of which key is in which row, so equal digests mean equal samples in equal order.
         """
-        total = 0
-        for row, key in zip(self.rows.tolist(), self.keys, strict=True):
-            line = f"{row}\0{key}".encode("utf-8", "surrogateescape")
-            total += int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
-        return total % 2**63
+        return digest(self.rows.tolist(), self.keys)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """This batch with its tensors on a device."""
@@ -80,3 +77,12 @@ class Batch:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def digest(rows: Iterable[int], keys: Iterable[str]) -> int:
+    """Sum over samples of blake2b-64(row, 0 byte, key), modulo 2**63."""
+    total = 0
+    for row, key in zip(rows, keys, strict=True):
+        line = f"{row}\0{key}".encode("utf-8", "surrogateescape")
+        total += int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
+    return total % 2**63

@@ -7,6 +7,7 @@ everything else through Pillow.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -74,7 +75,9 @@ def _decode_any(data: bytes) -> Pixels:
     except Image.DecompressionBombError as error:
         raise DecodeError(f"picture is too large: {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes make them stumble over
-        raise DecodeError(f"not a readable picture: {error or type(error).__name__}") from error
+        # Pillow names the buffer by its address, which would differ from run to run.
+        cause = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
+        raise DecodeError(f"not a readable picture: {cause}") from error
 
 
 def to_rgb(image: Image.Image) -> Pixels:

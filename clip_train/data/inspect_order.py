@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from clip_train.data.batch import digest
 from clip_train.data.stream import Stream
 from clip_train.errors import DataError
 
@@ -61,17 +61,6 @@ def batch_rows(stream: Stream, step: int, *, ranks: int = 1, workers: int = 1) -
     return found
 
 
-def digest(keys: Sequence[str]) -> str:
-    """`batch` in `metrics.jsonl`, of a global batch without bad samples: the sum over rows of
-    blake2b-64(row, 0 byte, key), modulo 2**63, in 16 hexadecimal digits.
-    """
-    total = 0
-    for row, key in enumerate(keys):
-        line = f"{row}\0{key}".encode("utf-8", "surrogateescape")
-        total += int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
-    return f"{total % 2**63:016x}"
-
-
 def listing(stream: Stream, steps: range, *, ranks: int, workers: int, batches_only: bool) -> Iterator[str]:
     """Lines of tab-separated columns, the first naming them."""
     if batches_only:
@@ -80,7 +69,7 @@ def listing(stream: Stream, steps: range, *, ranks: int, workers: int, batches_o
         yield "step\tbatch\trow\trank\tworker\tsource\tepoch\tshard\tkey"
     for step in steps:
         rows = batch_rows(stream, step, ranks=ranks, workers=workers)
-        total = digest([one.key for one in rows])
+        total = f"{digest((one.row for one in rows), (one.key for one in rows)):016x}"
         if batches_only:
             epoch = step * stream.batch_size / stream.samples
             yield f"{step}\t{total}\t{epoch:.4f}\t{rows[0].key}\t{rows[-1].key}"

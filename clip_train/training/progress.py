@@ -60,7 +60,9 @@ class TrainingProgress:
             self._last_line = now
             began, first = self._start
             left = (now - began) / max(1, self._done - first) * (self._total - self._done)
-            self._console.print(f"step {self._done}/{self._total} · {figures} · {_clock(left)} left", highlight=False)
+            self._console.print(
+                f"step {self._done}/{self._total} · {figures} · {_clock(left)} left", highlight=False, soft_wrap=True
+            )
 
 
 def _clock(seconds: float) -> str:
