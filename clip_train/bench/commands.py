@@ -28,6 +28,11 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--embedded", action="store_true", help="the embedded pictures and captions instead of the recipe's"
     )
     parser.add_argument("--pad", action="store_true", help="ours pads to the cap too, as open_clip does")
+    parser.add_argument(
+        "--own-optimizer",
+        action="store_true",
+        help="ours updates with the recipe's optimizer; otherwise with AdamW, which is what open_clip has",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -24,7 +24,8 @@ from torch import Tensor
 from clip_train.bench.measure import conclude, interleave, machine, median_ratio
 from clip_train.build import build_model, build_objective, build_optimizer, build_stream, build_tokenizer
 from clip_train.config import load_recipe
-from clip_train.config.schema import Recipe, ResNet, Timm, VisionTransformer
+from clip_train.config.load import set_values
+from clip_train.config.schema import AdamW, Recipe, ResNet, Timm, VisionTransformer
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
 from clip_train.errors import UserError
@@ -44,6 +45,9 @@ def main(args: argparse.Namespace) -> int:
     if args.embedded:
         overrides += EMBEDDED
     recipe = load_recipe(args.recipe, overrides)
+    if not args.own_optimizer and not isinstance(recipe.optimizer, AdamW):
+        adamw = [f"optimizer.{key}={getattr(recipe.optimizer, key)}" for key in AdamW.model_fields if key != "kind"]
+        recipe = set_values(recipe, ["optimizer.kind=adamw", *adamw])
     if args.device == "cpu":
         torch.cuda.is_available = lambda: False
     with launched(recipe.training.precision) as process:
@@ -218,7 +222,7 @@ class OpenClipSide:
         self._model, self._loss = peer, ClipLoss(local_loss=True, gather_with_grad=True)
         inputs = [peer_inputs(recipe, batch, tokenizer) for batch in batches]
         self._data = {"train": _Data(_Loader(inputs))}
-        config = recipe.optimizer  # open_clip has AdamW only, which costs less than Muon: the comparison favours it
+        config = recipe.optimizer  # with --own-optimizer theirs is AdamW all the same: open_clip has no other
         named = list(peer.named_parameters())
         # open_clip_train.main's rule for weight decay.
         plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
