@@ -8,47 +8,37 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import accelerate
 import torch
 from rich.console import Console
-from torch import nn
 
 from clip_train.build import (
     build_loader,
-    build_model,
     build_objective,
-    build_optimizer,
-    build_stream,
-    build_tokenizer,
     learning_rate,
 )
 from clip_train.config.load import dump_recipe
 from clip_train.config.schema import Recipe
-from clip_train.data.bad_samples import BadSampleLog
 from clip_train.data.batch import Batch
-from clip_train.data.stream import Stream
 from clip_train.data.transforms import normalize
-from clip_train.errors import ConfigError, DataError, TrainingError
+from clip_train.errors import DataError, TrainingError
 from clip_train.models.flops import image_flops, text_flops
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
-from clip_train.runtime.parallel import parallelize
 from clip_train.runtime.process import Process
 from clip_train.training.checkpoint import State, save_checkpoint
 from clip_train.training.metrics import Interval, MetricsFile, Trackers, measured_peak_flops
-from clip_train.training.optimizer import load_named_state, named_state
+from clip_train.training.optimizer import named_state
 from clip_train.training.progress import TrainingProgress
-from clip_train.training.resume import restore
-from clip_train.training.update import Inputs, backward, frozen_running_statistics, train_step
+from clip_train.training.setup import Run, set_up
+from clip_train.training.signals import StopFlag, stop_signals
+from clip_train.training.update import Inputs, train_step
 from tokenizer import BPETokenizer
 
 Evaluate = Callable[[TwoTower, BPETokenizer, int], Mapping[str, float]]
@@ -64,29 +54,6 @@ class Outcome:
     """The signal that ended it early, after a checkpoint."""
 
 
-@dataclass
-class Run:
-    """What the loop works with. Built once; the model, the optimizer and the counters change as it goes."""
-
-    recipe: Recipe
-    run_dir: Path
-    process: Process
-    console: Console
-    tokenizer: BPETokenizer
-    model: TwoTower
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    stream: Stream
-    bad_samples: BadSampleLog
-    step: int = 0
-    saved_step: int = -1
-    saved_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def local_batch(self) -> int:
-        return self.recipe.data.batch_size // self.process.world
-
-
 def train(
     recipe: Recipe, run_dir: Path, process: Process, *, resume: str, console: Console, evaluate: Evaluate
 ) -> Outcome:
@@ -98,78 +65,6 @@ def train(
     run = set_up(recipe, run_dir, process, resume=resume, console=console)
     with stop_signals() as stop:
         return loop(run, stop, evaluate)
-
-
-def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, console: Console) -> Run:
-    """Build everything, prove that a step fits, open the data, restore the newest checkpoint."""
-    if recipe.data.batch_size % process.world:
-        raise ConfigError(
-            f"data.batch_size = {recipe.data.batch_size} is global: make it a multiple of the {process.world} processes"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(recipe)
-    torch.manual_seed(recipe.training.seed)
-    model = build_model(recipe, tokenizer)
-    wrapped = parallelize(model, process, compile=recipe.training.compile)
-    optimizer = build_optimizer(recipe, model)
-    dry_run(recipe, model, wrapped, process, tokenizer)
-    stream = build_stream(recipe, tokenizer, rank=process.rank, world=process.world)
-    run = Run(
-        recipe=recipe,
-        run_dir=run_dir,
-        process=process,
-        console=console,
-        tokenizer=tokenizer,
-        model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        stream=stream,
-        bad_samples=BadSampleLog(
-            run_dir / "bad_samples.jsonl" if process.is_main else None, recipe.data.max_bad_fraction
-        ),
-    )
-    state = restore(
-        recipe,
-        run_dir,
-        resume,
-        model=model,
-        load_optimizer=lambda tensors: load_named_state(optimizer, model, tensors),
-        scaler=process.scaler,
-        data_fingerprint=stream.fingerprint,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        notify=console.print if process.is_main else lambda _: None,
-    )
-    if state is not None:
-        run.step = run.saved_step = state.step
-        run.bad_samples.bad, run.bad_samples.seen = state.bad_samples, state.samples
-    if process.is_main:
-        (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
-    return run
-
-
-def dry_run(recipe: Recipe, model: TwoTower, wrapped: nn.Module, process: Process, tokenizer: BPETokenizer) -> None:
-    """Forward and backward on a synthetic batch of the largest shapes.
-
-    Out-of-memory and shape errors come now, before the first shard is opened. Changes no weight and no statistic.
-    """
-    count = recipe.data.batch_size // process.world
-    size, cap = recipe.image.image_size, tokenizer.context_length
-    inputs = Inputs(
-        images=torch.zeros(count, 3, size, size, device=process.device),
-        ids=torch.full((count, cap), tokenizer.eot, device=process.device),
-        lengths=torch.full((count,), cap),
-        groups=torch.arange(count, device=process.device),
-    )
-    micro = min(recipe.training.micro_batch or count, count)
-    try:
-        with frozen_running_statistics(model):
-            backward(wrapped, build_objective(recipe), inputs, process, step=0, seed=0, micro_batch=micro)
-    except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(
-            f"{micro} pairs of {size} px and {cap} tokens do not fit on {process.device}: set training.micro_batch "
-            f"below {micro} (the loss still sees all {recipe.data.batch_size} pairs)"
-        ) from error
-    model.zero_grad(set_to_none=True)
 
 
 def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
@@ -369,29 +264,3 @@ def save(run: Run) -> None:
     for message in collectives.gather_objects(failure):
         if message:
             raise TrainingError(message)
-
-
-@dataclass
-class StopFlag:
-    """The first signal that asked the run to stop."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def stop_signals() -> Generator[StopFlag]:
-    """Inside, SIGTERM and SIGINT ask for a checkpoint and a clean end; a second SIGINT ends at once."""
-    flag = StopFlag()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if flag.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        flag.signal = number
-
-    handled = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, ask) for number in handled}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,120 @@
+"""Before the first step: build everything, prove that a step fits, open the data, restore the newest checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from clip_train.build import build_model, build_objective, build_optimizer, build_stream, build_tokenizer
+from clip_train.config.load import dump_recipe
+from clip_train.config.schema import Recipe
+from clip_train.data.bad_samples import BadSampleLog
+from clip_train.data.stream import Stream
+from clip_train.errors import ConfigError
+from clip_train.models.two_tower import TwoTower
+from clip_train.runtime.parallel import parallelize
+from clip_train.runtime.process import Process
+from clip_train.training.optimizer import load_named_state
+from clip_train.training.resume import restore
+from clip_train.training.update import Inputs, backward, frozen_running_statistics
+from tokenizer import BPETokenizer
+
+
+@dataclass
+class Run:
+    """What the loop works with. Built once; the model, the optimizer and the counters change as it goes."""
+
+    recipe: Recipe
+    run_dir: Path
+    process: Process
+    console: Console
+    tokenizer: BPETokenizer
+    model: TwoTower
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    stream: Stream
+    bad_samples: BadSampleLog
+    step: int = 0
+    saved_step: int = -1
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def local_batch(self) -> int:
+        return self.recipe.data.batch_size // self.process.world
+
+
+def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, console: Console) -> Run:
+    """Build everything, prove that a step fits, open the data, restore the newest checkpoint."""
+    if recipe.data.batch_size % process.world:
+        raise ConfigError(
+            f"data.batch_size = {recipe.data.batch_size} is global: make it a multiple of the {process.world} processes"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(recipe)
+    torch.manual_seed(recipe.training.seed)
+    model = build_model(recipe, tokenizer)
+    wrapped = parallelize(model, process, compile=recipe.training.compile)
+    optimizer = build_optimizer(recipe, model)
+    dry_run(recipe, model, wrapped, process, tokenizer)
+    stream = build_stream(recipe, tokenizer, rank=process.rank, world=process.world)
+    run = Run(
+        recipe=recipe,
+        run_dir=run_dir,
+        process=process,
+        console=console,
+        tokenizer=tokenizer,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        stream=stream,
+        bad_samples=BadSampleLog(
+            run_dir / "bad_samples.jsonl" if process.is_main else None, recipe.data.max_bad_fraction
+        ),
+    )
+    state = restore(
+        recipe,
+        run_dir,
+        resume,
+        model=model,
+        load_optimizer=lambda tensors: load_named_state(optimizer, model, tensors),
+        scaler=process.scaler,
+        data_fingerprint=stream.fingerprint,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        notify=console.print if process.is_main else lambda _: None,
+    )
+    if state is not None:
+        run.step = run.saved_step = state.step
+        run.bad_samples.bad, run.bad_samples.seen = state.bad_samples, state.samples
+    if process.is_main:
+        (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+    return run
+
+
+def dry_run(recipe: Recipe, model: TwoTower, wrapped: nn.Module, process: Process, tokenizer: BPETokenizer) -> None:
+    """Forward and backward on a synthetic batch of the largest shapes.
+
+    Out-of-memory and shape errors come now, before the first shard is opened. Changes no weight and no statistic.
+    """
+    count = recipe.data.batch_size // process.world
+    size, cap = recipe.image.image_size, tokenizer.context_length
+    inputs = Inputs(
+        images=torch.zeros(count, 3, size, size, device=process.device),
+        ids=torch.full((count, cap), tokenizer.eot, device=process.device),
+        lengths=torch.full((count,), cap),
+        groups=torch.arange(count, device=process.device),
+    )
+    micro = min(recipe.training.micro_batch or count, count)
+    try:
+        with frozen_running_statistics(model):
+            backward(wrapped, build_objective(recipe), inputs, process, step=0, seed=0, micro_batch=micro)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{micro} pairs of {size} px and {cap} tokens do not fit on {process.device}: set training.micro_batch "
+            f"below {micro} (the loss still sees all {recipe.data.batch_size} pairs)"
+        ) from error
+    model.zero_grad(set_to_none=True)
