@@ -39,7 +39,7 @@ class TimmTower(Tower):
             if "img_size" not in str(error):
                 raise
             self.backbone = timm.create_model(name, **arguments)
-        # Convolutions are a quarter faster on channels-last weights and pictures, on CPU and GPU.
+        # Convolution kernels are faster on channels-last weights and pictures.
         self.backbone = self.backbone.to(memory_format=torch.channels_last)
         self.image_size = image_size
         self.width = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)

@@ -49,7 +49,6 @@ class Outcome:
     """How a run ended."""
 
     step: int
-    finished: bool
     signal: int | None = None
     """The signal that ended it early, after a checkpoint."""
 
@@ -156,7 +155,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
     if metrics is not None:
         metrics.close()
     trackers.close()
-    return Outcome(run.step, finished=run.step >= steps, signal=stop.signal)
+    return Outcome(run.step, stop.signal)
 
 
 def to_device(batch: Batch, run: Run) -> Inputs:
