@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import assert_never
 
 import torch
+from torch import nn
 
 from clip_train.config.schema import (
+    DDP,
     AdamW,
     Constant,
     ConstantCooldown,
@@ -31,6 +33,8 @@ from clip_train.models.text import TextTransformer
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer as VisionTransformerTower
 from clip_train.objectives.contrastive import InfoNCE
+from clip_train.runtime.parallel import Replicated, Sharded, parallelize
+from clip_train.runtime.process import Process
 from clip_train.training import optimizer as optimizers
 from clip_train.training import schedule as schedules
 from tokenizer import BPETokenizer
@@ -95,6 +99,20 @@ def build_image_tower(recipe: Recipe) -> Tower:
 def build_objective(recipe: Recipe) -> InfoNCE:
     """The loss."""
     return InfoNCE(**recipe.loss.model_dump(exclude={"kind"}))
+
+
+def build_parallel(recipe: Recipe, model: TwoTower, process: Process) -> nn.Module:
+    """The model on its device, spread over the processes; what is returned is what to call in training."""
+    training = recipe.training
+    arguments = training.parallel.model_dump(exclude={"kind"})
+    return parallelize(
+        model,
+        process,
+        Replicated(**arguments) if isinstance(training.parallel, DDP) else Sharded(**arguments),
+        compile=training.compile,
+        activation_checkpointing=training.activation_checkpointing,
+        sync_batch_norm=training.sync_batch_norm,
+    )
 
 
 def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:

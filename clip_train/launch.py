@@ -21,6 +21,7 @@ from clip_train.evaluation.run import evaluate
 from clip_train.loading import LoadedModel, load_checkpoint
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
+from clip_train.runtime.parallel import unsharded
 from clip_train.runtime.process import Process, launched
 from clip_train.training.checkpoint import read_checkpoint
 from clip_train.training.trainer import train
@@ -51,7 +52,8 @@ def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) 
         def evaluate_now(model: TwoTower, tokenizer: BPETokenizer, step: int) -> Mapping[str, float]:
             collectives.broadcast_buffers(model)
             loaded = LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, step)
-            return evaluate_loaded(loaded, run_dir, process, console)
+            with unsharded(model):
+                return evaluate_loaded(loaded, run_dir, process, console)
 
         outcome = train(recipe, run_dir, process, resume=resume, console=console, evaluate=evaluate_now)
         if process.is_main and outcome.signal is not None:

@@ -242,6 +242,29 @@ class ConstantCooldown(Section):
     final_lr: Annotated[float, Field(ge=0.0)] = 0.0
 
 
+class DDP(Section):
+    """Every process holds the whole model; gradients are averaged (torch's DistributedDataParallel)."""
+
+    kind: Literal["ddp"] = "ddp"
+    static_graph: bool = False
+    """Promise torch that every step uses the same parameters in the same order: fewer look-ups in the backward pass."""
+    bf16_gradients: bool = False
+    """Send gradients in bf16: half the traffic, 3 significant digits."""
+
+
+class FSDP(Section):
+    """Every process holds a part of each weight, gradient and moment (torch's `fully_shard`)."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    shard: Literal["full", "hybrid"] = "full"
+    """Over all processes, or within each node with a replica on every node."""
+    reshard_after_forward: bool = True
+    """Drop a block's gathered weights after its forward pass and gather them again for the backward pass: less
+    memory, half as much traffic again."""
+    cpu_offload: bool = False
+    """Keep the parts in host memory and update them there (GPUs only)."""
+
+
 class Training(Section):
     """The loop."""
 
@@ -259,6 +282,21 @@ class Training(Section):
     """Refuse operations that are not reproducible (slower on GPU; CPU runs are reproducible anyway)."""
     compile: bool = False
     """torch.compile the blocks of both towers."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute it again in the backward pass: a third more work, far less
+    memory."""
+    sync_batch_norm: bool = False
+    """BatchNorm of a ResNet over the rows of all processes instead of each its own (GPUs only)."""
+    parallel: Annotated[DDP | FSDP, Field(discriminator="kind")] = DDP()
+    """How the model is spread over several processes."""
+
+    @model_validator(mode="after")
+    def _fits_parallel(self) -> Training:
+        if self.parallel.kind == "ddp" and self.parallel.static_graph and self.micro_batch is not None:
+            raise ValueError("micro_batch runs several backward passes a step, which parallel.static_graph rules out")
+        if self.precision == "fp16" and self.parallel.kind == "fsdp":
+            raise ValueError("precision = 'fp16' scales the loss, which is not supported with parallel.kind = 'fsdp'")
+        return self
 
 
 class CheckpointPolicy(Section):
@@ -338,3 +376,11 @@ class Recipe(Section):
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.training.sync_batch_norm and self.image.kind != "resnet":
+            raise ValueError("training.sync_batch_norm is for image.kind = 'resnet': there is no BatchNorm elsewhere")
+        if self.training.parallel.kind == "fsdp" and self.optimizer.kind == "muon":
+            raise ValueError("optimizer.kind = 'muon' needs whole matrices: take training.parallel.kind = 'ddp'")
+        return self

@@ -32,6 +32,8 @@ class Process:
     device: torch.device
     precision: str
     accelerator: Accelerator
+    local_world: int = 1
+    """Processes on this node."""
 
     @property
     def is_main(self) -> bool:
@@ -89,6 +91,7 @@ def launched(
             device=accelerator.device,
             precision=precision,
             accelerator=accelerator,
+            local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         )
     finally:
         if dist.is_initialized():

@@ -31,6 +31,8 @@ FREE = (
     "tokenizer.path",  # its fingerprint is compared instead
     "training.micro_batch",
     "training.compile",
+    "training.activation_checkpointing",
+    "training.parallel.",
     "training.steps",
 )
 

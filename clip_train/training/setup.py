@@ -10,18 +10,26 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from clip_train.build import build_model, build_objective, build_optimizer, build_stream, build_tokenizer
+from clip_train.build import (
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_parallel,
+    build_stream,
+    build_tokenizer,
+)
 from clip_train.config.load import dump_recipe
 from clip_train.config.schema import Recipe
 from clip_train.data.bad_samples import BadSampleLog
 from clip_train.data.stream import Stream
 from clip_train.errors import ConfigError
 from clip_train.models.two_tower import TwoTower
-from clip_train.runtime.parallel import parallelize
+from clip_train.runtime.parallel import separate_shards
 from clip_train.runtime.process import Process
+from clip_train.runtime.recompute import frozen_running_statistics
 from clip_train.training.optimizer import load_named_state
 from clip_train.training.resume import restore
-from clip_train.training.update import Inputs, backward, frozen_running_statistics
+from clip_train.training.update import Inputs, backward
 from tokenizer import BPETokenizer
 
 
@@ -54,12 +62,15 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
         raise ConfigError(
             f"data.batch_size = {recipe.data.batch_size} is global: make it a multiple of the {process.world} processes"
         )
+    if recipe.training.parallel.kind == "fsdp" and process.world > 1:
+        raise ConfigError("training.parallel.kind = 'fsdp' has no checkpoints yet")
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe)
     torch.manual_seed(recipe.training.seed)
     model = build_model(recipe, tokenizer)
-    wrapped = parallelize(model, process, compile=recipe.training.compile)
+    wrapped = build_parallel(recipe, model, process)
     optimizer = build_optimizer(recipe, model)
+    separate_shards(optimizer)
     dry_run(recipe, model, wrapped, process, tokenizer)
     stream = build_stream(recipe, tokenizer, rank=process.rank, world=process.world)
     run = Run(

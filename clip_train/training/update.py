@@ -10,8 +10,7 @@ cached feature gradient. The loss sees every negative and the gradients are thos
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from clip_train.errors import TrainingError
 from clip_train.objectives.base import Features, Loss
 from clip_train.runtime.collectives import first_row, gather_rows
-from clip_train.runtime.parallel import without_gradient_sync
+from clip_train.runtime.parallel import average_whole_gradients, clip_gradients, without_gradient_sync
 from clip_train.runtime.process import Process
+from clip_train.runtime.recompute import frozen_running_statistics
 
 
 class Objective(Protocol):
@@ -120,6 +120,7 @@ def backward(
             image, text, scale = model(inputs.images, inputs.ids, inputs.lengths)
         loss = objective.loss(_features(image, text, inputs.groups), scale)
         scaled(loss.total, process).backward()
+        average_whole_gradients(model)
         return loss, float(scale.detach())
 
     images: list[Tensor] = []
@@ -150,6 +151,7 @@ def backward(
             if last:
                 surrogate = surrogate + scale * scale_grad
             scaled(surrogate, process).backward()
+    average_whole_gradients(model)
     return loss, float(scale.detach())
 
 
@@ -170,24 +172,6 @@ def _features(image: Tensor, text: Tensor, groups: Tensor) -> Features:
 def scaled(loss: Tensor, process: Process) -> Tensor:
     """The loss times the fp16 scale, itself otherwise."""
     return loss if process.scaler is None else process.scaler.scale(loss)
-
-
-def clip_gradients(model: nn.Module, largest: float | None) -> float:
-    """Norm of all gradients, which are then shortened to `largest`."""
-    return float(nn.utils.clip_grad_norm_(model.parameters(), math.inf if largest is None else largest))
-
-
-@contextmanager
-def frozen_running_statistics(model: nn.Module) -> Generator[None]:
-    """BatchNorm normalises by the batch as in training, but does not count it: once a step is enough."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]  # pyright: ignore[reportPrivateUsage]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 def seed_everything(*parts: int) -> None:
