@@ -70,6 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="where eval.json goes; default: the run folder")
     evaluate.set_defaults(run=run_eval)
 
+    export = commands.add_parser("export", help="a checkpoint for open_clip, transformers, timm or ONNX Runtime")
+    export.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
+    export.add_argument("--to", required=True, choices=["open_clip", "transformers", "timm", "onnx"])
+    export.add_argument("out", type=Path, help="a new folder")
+    export.set_defaults(run=run_export)
+
     report = commands.add_parser("report", help="write report.html and PNGs into a run folder")
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=run_report)
@@ -133,6 +139,15 @@ def run_eval(args: argparse.Namespace) -> int:
     from clip_train.launch import run_evaluation
 
     return run_evaluation(args.checkpoint, args.overrides, args.out, console)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from clip_train.export.run import export
+    from clip_train.loading import load
+
+    parity = export(load(args.checkpoint), args.to, args.out, source=args.checkpoint)
+    console.print(f"{args.out}: loaded again by {args.to}: {parity}", soft_wrap=True)
+    return 0
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -21,3 +21,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: a non-finite loss, or no space left for a checkpoint."""
+
+
+class ExportError(UserError):
+    """A checkpoint cannot be brought to another library, or came out different there."""

@@ -73,7 +73,7 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         table = _VIT
     else:
         table = _TIMM if any(key.startswith("image.backbone.") for key in state) else _RESNET
-    return _rename(state, [(ours, theirs) for ours, theirs in _TEXT + table], "open_clip")
+    return rename(state, [(ours, theirs) for ours, theirs in _TEXT + table], "open_clip")
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,10 +86,15 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         table = _VIT
     else:
         table = _TIMM if any(key.startswith("visual.trunk.") for key in state) else _RESNET
-    return _rename(state, [(theirs, ours) for ours, theirs in _TEXT + table], "clip-train")
+    return rename(state, [(theirs, ours) for ours, theirs in _TEXT + table], "clip-train")
 
 
-def _rename(state: Mapping[str, Tensor], table: list[tuple[str, str]], target: str) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], table: list[tuple[str, str]], target: str) -> dict[str, Tensor]:
+    """Every tensor under its name in the table's right column, `T` ones transposed.
+
+    Raises:
+        ValueError: names that the left column does not hold; each is named.
+    """
     renamed: dict[str, Tensor] = {}
     unknown: list[str] = []
     for key, value in state.items():

@@ -32,8 +32,11 @@ class TimmTower(Tower):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             raise ValueError(f"timm has no model {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
         arguments = {"pretrained": pretrained, "num_classes": 0, **arguments}
+        # What it takes to build the backbone again without weights, for exports.
+        self.arguments = {key: value for key, value in arguments.items() if key not in ("pretrained", "num_classes")}
         try:
             self.backbone: Any = timm.create_model(name, img_size=image_size, **arguments)
+            self.arguments["img_size"] = image_size
         except TypeError as error:
             # Convolutional models take any size and know no such argument.
             if "img_size" not in str(error):

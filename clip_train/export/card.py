@@ -1,0 +1,84 @@
+"""The model card of an export: what it is, how to load it, where it came from, what it scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from clip_train import __version__
+from clip_train.config.load import dump_recipe
+from clip_train.export.parity import Parity
+from clip_train.loading import LoadedModel
+
+USAGE = {
+    "open_clip": """import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:DIRECTORY")
+tokenizer = open_clip.get_tokenizer("local-dir:DIRECTORY")
+model.eval()""",
+    "transformers": """from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+model = AutoModel.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+processor = AutoImageProcessor.from_pretrained("DIRECTORY")""",
+    "timm": """import timm
+model = timm.create_model("local-dir:DIRECTORY", pretrained=True)                      # embeddings
+backbone = timm.create_model("local-dir:DIRECTORY", pretrained=True, num_classes=0)    # pooled features""",
+    "onnx": """import onnxruntime
+image = onnxruntime.InferenceSession("DIRECTORY/image.onnx")   # pixel_values (B, 3, S, S), normalised
+text = onnxruntime.InferenceSession("DIRECTORY/text.onnx")     # input_ids (B, L) int64; example.py shows both""",
+}
+
+
+def model_card(loaded: LoadedModel, target: str, source: Path, parity: Parity) -> str:
+    """Markdown with the front matter that model hubs read."""
+    recipe, tokenizer = loaded.recipe, loaded.tokenizer
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    lines = [
+        "---",
+        f"library_name: {target if target != 'onnx' else 'onnxruntime'}",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, clip-train]",
+        "---",
+        f"# {recipe.name}",
+        "",
+        recipe.description or "A contrastive image-text model.",
+        "",
+        f"Image tower `{recipe.image.kind}` at {loaded.preprocess.size} px, text tower {recipe.text.attention} with "
+        f"pool `{recipe.text.pool}`, {recipe.model.embed_dim} dimensions, {parameters:,} parameters, step "
+        f"{loaded.step:,}. Vocabulary of {tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens a "
+        f"caption, fingerprint `{tokenizer.fingerprint[:16]}`.",
+        "",
+        f"Exported by clip-train {__version__} for {target}, where it was loaded and compared: {parity}.",
+        "",
+        "## Use",
+        "```python",
+        USAGE[target],
+        "```",
+        *_figures(source),
+        "## Recipe",
+        *_data(source),
+        "```toml",
+        dump_recipe(recipe).strip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(source: Path) -> list[str]:
+    """The run's last evaluation, where there is one."""
+    for folder in (source, source.parent.parent):
+        path = folder / "eval.json"
+        if path.is_file():
+            figures = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+            numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+            return ["", "## Figures", *(f"- {name}: {value:.6g}" for name, value in numbers.items()), ""]
+    return [""]
+
+
+def _data(source: Path) -> list[str]:
+    states = [source / "state.json", source / "checkpoints" / "latest" / "state.json"]
+    for path in states:
+        if path.is_file():
+            state = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+            return [f"Data fingerprint `{state['data_fingerprint']}`, {state['samples']:,} samples seen."]
+    return []
