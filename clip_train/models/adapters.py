@@ -49,8 +49,8 @@ class TimmTower(Tower):
         stages = getattr(self.backbone, "blocks", None) or getattr(self.backbone, "stages", None)
         self.blocks = [module for module in stages or self.backbone.children() if isinstance(module, nn.Module)]
 
-    def forward(self, images: Tensor) -> TowerOutput:
-        """`images` `(B, 3, image_size, image_size)` float, normalised. Tokens: cells of the last map."""
+    def forward(self, images: Tensor, *, pooled_only: bool = False) -> TowerOutput:
+        """`images` `(B, 3, image_size, image_size)` float, normalised. Tokens: cells of the last map, always all."""
         features: Tensor = self.backbone.forward_features(images.contiguous(memory_format=torch.channels_last))
         pooled: Tensor = self.backbone.forward_head(features, pre_logits=True)
         if features.ndim == 4:

@@ -16,7 +16,8 @@ class TowerOutput:
     """The encoding of a batch, before the projection into the joint space."""
 
     tokens: Tensor
-    """`(B, L, W)` the encoded tokens; rows where `valid` is false hold no information."""
+    """`(B, L, W)` the encoded tokens; rows where `valid` is false hold no information. Where only `pooled` was asked
+    for, those that it is made from: perhaps one."""
     valid: Tensor
     """`(B, L)` bool, which tokens are part of the input."""
     pooled: Tensor
@@ -24,7 +25,11 @@ class TowerOutput:
 
 
 class Tower(nn.Module):
-    """Base of the towers. A subclass sets `width` and `blocks` and returns a `TowerOutput`."""
+    """Base of the towers. A subclass sets `width` and `blocks` and returns a `TowerOutput`.
+
+    Its `forward` takes the inputs and `pooled_only`: the caller wants `pooled` alone, so that work which `pooled` does
+    not depend on may be left out.
+    """
 
     width: int
     """Size of `pooled`."""

@@ -3,6 +3,9 @@
 Counted: matrix products and convolutions, attention in full (a causal mask halves none of it), as
 `torch.utils.flop_counter` and the published tables do. Norms, activations and softmax are left out.
 Nothing is allocated: a model built under `torch.device("meta")` will do.
+
+A tower's FLOPs are those of all its tokens, the figure that the field quotes; with `pooled_only` those of its pooled
+vector alone, which is what a step computes (`Tower.forward`) and what its share of a device's peak is made of.
 """
 
 from __future__ import annotations
@@ -36,12 +39,12 @@ class ForwardFlops:
         return self.image + self.text
 
 
-def forward_flops(model: TwoTower, caption_length: float) -> ForwardFlops:
+def forward_flops(model: TwoTower, caption_length: float, pooled_only: bool = False) -> ForwardFlops:
     """FLOPs of encoding one picture and one caption of `caption_length` tokens (a mean may be fractional)."""
     embed_dim = model.embed_dim
     return ForwardFlops(
-        image=image_flops(model.image) + 2 * model.image.width * embed_dim,
-        text=text_flops(model.text, caption_length) + 2 * model.text.width * embed_dim,
+        image=image_flops(model.image, pooled_only) + 2 * model.image.width * embed_dim,
+        text=text_flops(model.text, caption_length, pooled_only) + 2 * model.text.width * embed_dim,
     )
 
 
@@ -50,13 +53,14 @@ def parameter_count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_flops(tower: Tower) -> float:
+def image_flops(tower: Tower, pooled_only: bool = False) -> float:
     """FLOPs of one picture through an image tower, without the projection."""
     if isinstance(tower, VisionTransformer):
         patches = (tower.image_size // tower.patch_size) ** 2
         tokens = patches + (tower.pool == "cls")
         flops = 2 * patches * tower.patch_embedding.weight.numel()
-        return flops + _blocks(tower, tokens) + _attention_pool(tower.attention_pool, tokens)
+        flops += _blocks(tower, tokens, pooled_only and tower.pool == "cls")
+        return flops + _attention_pool(tower.attention_pool, tokens)
     if isinstance(tower, ModifiedResNet):
         return _resnet(tower)
     if isinstance(tower, TimmTower):
@@ -64,20 +68,24 @@ def image_flops(tower: Tower) -> float:
     raise TypeError(f"no FLOP count for {type(tower).__name__}")
 
 
-def text_flops(tower: Tower, length: float) -> float:
+def text_flops(tower: Tower, length: float, pooled_only: bool = False) -> float:
     """FLOPs of one caption of `length` tokens through a text tower, without the projection."""
     if not isinstance(tower, TextTransformer):
         raise TypeError(f"no FLOP count for {type(tower).__name__}")
-    return _blocks(tower, length) + _attention_pool(tower.attention_pool, length)
+    flops = _blocks(tower, length, pooled_only and tower.pool in ("eot", "cls"))
+    return flops + _attention_pool(tower.attention_pool, length)
 
 
-def _blocks(tower: VisionTransformer | TextTransformer, tokens: float) -> float:
+def _blocks(tower: VisionTransformer | TextTransformer, tokens: float, one_read: bool) -> float:
     flops = 0.0
-    for block in tower.blocks:
+    blocks = list(tower.blocks)
+    for block in blocks:
         assert isinstance(block, Block)
-        linears = (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down)
-        flops += 2 * tokens * sum(linear.weight.numel() for linear in linears)
-        flops += 4 * tokens**2 * tower.width  # queries x keys, weights x values
+        read = 1 if one_read and block is blocks[-1] else tokens
+        linears = (block.attention.out, block.mlp.up, block.mlp.down)
+        flops += 2 * tokens * block.attention.qkv.weight.numel()
+        flops += 2 * read * sum(linear.weight.numel() for linear in linears)
+        flops += 4 * read * tokens * tower.width  # queries x keys, weights x values
     return flops
 
 

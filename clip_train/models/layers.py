@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_train.models.packing import Packing
+from clip_train.models.packing import Packing, take_rows
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -65,6 +65,9 @@ class Layout:
     """`(B, L)` bool: keys that may be attended to; `None` means all."""
     packing: Packing | None = None
     """Tokens are packed `(T, W)`; `None` means that they lie in a grid `(B, L, W)`."""
+    read: Tensor | None = None
+    """`(B,)` int64, the only row of each sample that is read after this block, counted over all rows of the batch;
+    it attends to every `valid` token. `None` means that all are read."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:
@@ -114,7 +117,10 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`(B, L, W)` or `(T, W)` as `layout` says -> the same, or `(B, 1, W)` where it has `read`."""
         qkv: Tensor = self.qkv(x)
+        if layout.read is not None:
+            return self.out(self._read_one(qkv, layout, layout.read))
         if layout.packing is not None:
             qkv = layout.packing.unpack(qkv)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -122,6 +128,15 @@ class SelfAttention(nn.Module):
         if layout.packing is not None:
             mixed = layout.packing.pack(mixed)
         return self.out(mixed)
+
+    def _read_one(self, qkv: Tensor, layout: Layout, read: Tensor) -> Tensor:
+        width = self.out.in_features
+        q = take_rows(qkv, read)[:, None, :width].unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        kv = qkv[..., width:]
+        if layout.packing is not None:
+            kv = layout.packing.unpack(kv)
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return attention(q, k, v, valid=layout.valid).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -148,7 +163,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layout)
+        mixed = self.attention(self.attention_norm(x), layout)
+        x = (x if layout.read is None else take_rows(x, layout.read)[:, None]) + mixed
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -48,6 +48,14 @@ class _Unpack(torch.autograd.Function):
         return grad.contiguous().index_select(0, rows), None, None
 
 
+def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """`(T, W)` or `(B, L, W)`, distinct `rows` `(N,)` counted over all -> `(N, W)`."""
+    flat = tokens.flatten(0, -2)
+    if not torch.is_grad_enabled():  # graph exporters know no functions of ours
+        return flat.index_select(0, rows)
+    return _Pack.apply(flat, rows)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Packing:
     """Which cells of a `(B, L)` grid hold tokens."""

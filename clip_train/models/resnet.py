@@ -130,8 +130,8 @@ class ModifiedResNet(Tower):
             assert isinstance(block, Bottleneck)
             nn.init.zeros_(block.bn3.weight)
 
-    def forward(self, images: Tensor) -> TowerOutput:
-        """`images` `(B, 3, image_size, image_size)` float, normalised. Tokens: cells of the last map."""
+    def forward(self, images: Tensor, *, pooled_only: bool = False) -> TowerOutput:
+        """`images` `(B, 3, image_size, image_size)` float, normalised. Tokens: cells of the last map, always all."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"images are {tuple(images.shape)}, this tower takes (B, 3, {size}, {size})")

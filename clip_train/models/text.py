@@ -88,8 +88,10 @@ class TextTransformer(Tower):
                 raise ValueError(f"caption {int(missing[0])} has no EOT (id {self.eot_id})")
         return found.int().argmax(dim=1) + 1
 
-    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> TowerOutput:
+    def forward(self, ids: Tensor, lengths: Tensor | None = None, *, pooled_only: bool = False) -> TowerOutput:
         """Encode captions.
+
+        With `pooled_only`, and a pool that takes one token, the last block computes that token alone.
 
         Args:
             ids: `(B, L)` integers below `vocab_size`, `L` at most `context_length`; what lies beyond a
@@ -120,11 +122,25 @@ class TextTransformer(Tower):
             positions = torch.arange(length, device=ids.device).expand(batch, length)
             x = self.token_embedding(packing.pack(ids)) + F.embedding(packing.pack(positions), position)
         x = to_compute_dtype(x)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, layout)
-        x = self.final_norm(x)
+        if pooled_only and self.pool in ("eot", "cls"):
+            # A token at the end sees every valid one, and so does every token without a causal mask.
+            read = self._row_read(lengths.to(ids.device, torch.int64, non_blocking=True), length, packing)
+            tokens = self.final_norm(last(x, Layout(valid=valid, packing=packing, read=read)))
+            return TowerOutput(tokens, valid[:, :1], tokens[:, 0])
+        x = self.final_norm(last(x, layout))
         tokens = x if packing is None else packing.unpack(x)
         return TowerOutput(tokens, valid, self._pool(tokens, valid, lengths))
+
+    def _row_read(self, lengths: Tensor, length: int, packing: Packing | None) -> Tensor:
+        """`(B,)` the row of each caption's pooled token among all rows of the batch, in a grid or packed."""
+        if packing is None or packing.rows is None:
+            first = torch.arange(len(lengths), device=lengths.device) * length
+        else:
+            first = lengths.cumsum(0) - lengths
+        return first if self.pool == "cls" else first + lengths - 1
 
     def _pool(self, tokens: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
         if self.attention_pool is not None:

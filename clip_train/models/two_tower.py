@@ -40,12 +40,12 @@ class TwoTower(nn.Module):
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """`images` `(B, 3, H, W)` float, normalised -> features `(B, D)` fp32, of unit length by default."""
-        output: TowerOutput = self.image(images)
+        output: TowerOutput = self.image(images, pooled_only=True)
         return _finish(self.image_projection(output.pooled), normalize)
 
     def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = True) -> Tensor:
         """`ids` `(B, L)`, `lengths` `(B,)` (see `TextTransformer.forward`) -> features `(B, D)` fp32."""
-        output: TowerOutput = self.text(ids, lengths)
+        output: TowerOutput = self.text(ids, lengths, pooled_only=True)
         return _finish(self.text_projection(output.pooled), normalize)
 
     def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,8 +73,11 @@ class VisionTransformer(Tower):
         pixels = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(pixels.flatten(3).flatten(1, 2), self.patch_embedding.weight.flatten(1))
 
-    def forward(self, images: Tensor) -> TowerOutput:
-        """`images` `(B, 3, image_size, image_size)` float, normalised. The class token is token 0."""
+    def forward(self, images: Tensor, *, pooled_only: bool = False) -> TowerOutput:
+        """`images` `(B, 3, image_size, image_size)` float, normalised. The class token is token 0.
+
+        With `pooled_only` and `pool = "cls"` the last block computes the class token alone.
+        """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"images are {tuple(images.shape)}, this tower takes (B, 3, {size}, {size})")
@@ -83,8 +86,12 @@ class VisionTransformer(Tower):
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = self.pre_norm(x + self.positional_embedding.to(x.dtype))
         layout = Layout()
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, layout)
+        if pooled_only and self.pool == "cls":
+            layout = Layout(read=torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device))
+        x = last(x, layout)
         tokens: Tensor = self.post_norm(x)
         if self.attention_pool is not None:
             pooled = self.attention_pool(tokens, None)

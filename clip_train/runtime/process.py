@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from clip_train.errors import ConfigError
+from clip_train.runtime.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def launched(
     on_gpu = torch.cuda.is_available()
     if precision == "fp16" and not on_gpu:
         raise ConfigError("training.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
+    if not on_gpu:
+        keep_freed_memory()
     if deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

@@ -71,7 +71,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
     recipe, process = run.recipe, run.process
     steps, every = recipe.training.steps, recipe.logging.every_steps
     objective = build_objective(recipe)
-    image_cost = image_flops(run.model.image)
+    image_cost = image_flops(run.model.image, pooled_only=True)
     peak = measured_peak_flops(process.device, recipe.training.precision) * process.world
     metrics = MetricsFile(run.run_dir / "metrics.jsonl", run.step) if process.is_main else None
     trackers = Trackers(
@@ -121,7 +121,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
                 means = collectives.sum_over_processes([float(v) / process.world for v in values], process.device)
                 digest = collectives.sum_modulo_2_63(batch.digest_part(), process.device)
                 rates = interval.rates(process.world)
-                forward = image_cost + text_flops(run.model.text, interval.tokens / interval.samples)
+                forward = image_cost + text_flops(run.model.text, interval.tokens / interval.samples, pooled_only=True)
                 line: dict[str, Any] = {
                     "step": run.step,
                     **dict(zip(names, means, strict=True)),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_train.models.adapters import TimmTower
-from clip_train.models.flops import forward_flops, parameter_count
+from clip_train.models.flops import forward_flops, image_flops, parameter_count, text_flops
+from clip_train.models.pooling import Pool
 from clip_train.models.presets import build_preset
 from clip_train.models.resnet import ModifiedResNet
 from clip_train.models.text import TextTransformer
@@ -36,9 +39,19 @@ def counted(model: TwoTower, size: int, length: int) -> int:
 
 @pytest.mark.parametrize("kind", list(IMAGES))
 @pytest.mark.parametrize("pool", ["eot", "map"])
-def test_flops_are_those_of_torchs_counter(kind: str, pool: str) -> None:
+def test_flops_are_those_of_torchs_counter(kind: str, pool: Pool) -> None:
     model = TwoTower(IMAGES[kind](), TextTransformer(50, 20, 64, 3, 2, pool=pool), 48)
-    assert forward_flops(model, 17).total == pytest.approx(counted(model, 64, 17), rel=0.01)
+    assert forward_flops(model, 17, pooled_only=True).total == pytest.approx(counted(model, 64, 17), rel=0.01)
+
+
+@pytest.mark.parametrize("pool", ["cls", "map"])
+def test_flops_of_all_tokens_are_those_of_torchs_counter(pool: Literal["cls", "map"]) -> None:
+    image, text = VisionTransformer(64, 8, 96, 3, 3, pool=pool), TextTransformer(50, 20, 64, 3, 2)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        image.eval()(torch.randn(2, 3, 64, 64))
+        text.eval()(torch.zeros(2, 17, dtype=torch.int64), torch.tensor([17, 17]))
+    assert image_flops(image) + text_flops(text, 17) == pytest.approx(counter.get_total_flops() // 2, rel=0.01)
 
 
 @pytest.mark.parametrize(
