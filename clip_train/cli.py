@@ -6,6 +6,7 @@ Modules that need torch are imported inside the commands, so that `--help` and m
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ console = Console(stderr=False, highlight=False)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 2 for a mistake of the user's, 130 and 143 after a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # keys and file names may be anything but UTF-8
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

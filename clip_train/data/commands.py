@@ -140,7 +140,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found.figures, indent=1, ensure_ascii=False)
-        (args.out / "inspect.json").write_bytes(text.encode("utf-8", "surrogateescape") + b"\n")
+        (args.out / "inspect.json").write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
         contact_sheet(args.out / "contact_sheet.png", found.scans, found.good, found.image)
         console.print(f"{args.out}: inspect.json, contact_sheet.png", soft_wrap=True)
     if args.fix is not None:

@@ -76,7 +76,8 @@ class ShardIndex:
 
 def listing_digest(index: ShardIndex) -> str:
     """A hash of all keys, members, offsets and sizes."""
-    digest = hashlib.blake2b(f"{len(index)}\0{index.size}\0{' '.join(index.extensions)}\0".encode(), digest_size=16)
+    head = f"{len(index)}\0{index.size}\0{' '.join(index.extensions)}\0"
+    digest = hashlib.blake2b(head.encode("utf-8", "surrogateescape"), digest_size=16)
     digest.update(b"\0".join(index.key_bytes.tolist()))
     for array in (index.offsets, index.sizes):
         digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())

@@ -91,7 +91,7 @@ def fix(found: Inspection, out: Path) -> Fixed:
 
 def _copy(one: Scan, path: Path, broken: set[str]) -> int:
     """Number of samples copied; without any no file is written."""
-    if one.index is None or len(broken) == len(one.index):
+    if one.index is None or broken.issuperset(one.index.key(row) for row in range(len(one.index))):
         return 0
     files = ShardFiles()
     aside = path.with_name(path.name + ".new")

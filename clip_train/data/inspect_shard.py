@@ -19,10 +19,9 @@ from clip_train.data.columns import BadSampleError, Column
 from clip_train.data.decode import DecodeError, Pixels, decode
 from clip_train.data.files import ShardFiles
 from clip_train.data.index_files import ShardIndex
+from clip_train.data.listing import list_samples
 from clip_train.data.pack_shard import cause_of
 from clip_train.data.shards import local_file
-from clip_train.data.tar import members
-from clip_train.errors import DataError
 from tokenizer import BPETokenizer
 
 
@@ -53,48 +52,20 @@ class Scan:
 def scan(shard: str) -> Scan:
     """Read the headers of a shard up to its end or its damage."""
     path = local_file(shard)
-    extensions: dict[str, int] = {}
-    rows: dict[str, int] = {}
-    places: dict[tuple[int, int], tuple[int, int]] = {}
     broken: dict[str, Broken] = {}
     strays: list[str] = []
-    damage: str | None = None
-    size = 0
     try:
         size = path.stat().st_size
-        for name, offset, length in members(path):
-            key, extension = split_name(name)
-            if not extension:
-                strays.append(name)
-                continue
-            row = rows.setdefault(key, len(rows))
-            place = (row, extensions.setdefault(extension, len(extensions)))
-            if name.startswith("/") or ".." in name.split("/"):
-                broken[key] = Broken(shard, key, f"member {name!r} names a place outside of the archive")
-            elif place in places:
-                broken[key] = Broken(shard, key, f"member {name!r} occurs twice")
-            places.setdefault(place, (offset, length))
-    except DataError as error:
-        damage = str(error)
+        index, strays, damage = list_samples(
+            shard, path, lambda key, why: broken.update({key: Broken(shard, key, why)})
+        )
     except OSError as error:
-        damage = f"{shard}: cannot be read: {error.strerror or error}"
-    if damage is None and broken:
+        size, index, damage = 0, None, f"{shard}: cannot be read: {error.strerror or error}"
+    if not damage and broken:
         damage = f"{shard}: {next(iter(broken.values())).cause}; training refuses the whole shard"
-    if not rows:
+    if index is None:
         return Scan(shard, size, None, damage or f"{shard}: holds no samples", [], strays)
-    table = np.full((2, len(rows), len(extensions)), -1, dtype=np.int64)
-    at = np.array(list(places), dtype=np.int64)
-    table[:, at[:, 0], at[:, 1]] = np.array(list(places.values()), dtype=np.int64).T
-    keys = np.array([key.encode("utf-8", "surrogateescape") for key in rows])
-    index = ShardIndex(shard, size, tuple(extensions), keys, table[0], table[1])
-    return Scan(shard, size, index, damage, list(broken.values()), strays)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's name -> its sample's key and its extension, as `clip_train.data.shards.index`; "" for strays."""
-    folder, slash, file = name.removeprefix("./").rpartition("/")
-    stem, _, extension = file.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and extension else (name, "")
+    return Scan(shard, size, index, damage or None, list(broken.values()), strays)
 
 
 class Measured(NamedTuple):

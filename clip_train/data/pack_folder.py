@@ -152,8 +152,9 @@ def finish(folder: Path, settings: dict[str, Any], done: list[ShardRecord], alre
 
 
 def write_text(path: Path, text: str) -> None:
+    """Whole or not at all. What UTF-8 cannot say (names that are not UTF-8) is written as JSON's escapes."""
     try:
-        path.with_name(path.name + ".new").write_text(text, encoding="utf-8")
+        path.with_name(path.name + ".new").write_bytes(text.encode("utf-8", "backslashreplace"))
         replace(path.with_name(path.name + ".new"), path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error

@@ -119,7 +119,8 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
                     continue
                 content = {"captions": texts, "name": record.name, **record.kept}
                 add_member(tar, f"{record.row:09d}.{extension}", data)
-                add_member(tar, f"{record.row:09d}.json", json.dumps(content, ensure_ascii=False, default=str).encode())
+                text = json.dumps(content, ensure_ascii=False, default=str)
+                add_member(tar, f"{record.row:09d}.json", text.encode("utf-8", "backslashreplace"))
                 formats[extension] += 1
                 captions += len(texts)
         if formats:

@@ -27,8 +27,8 @@ from rich.progress import track
 from clip_train.data import remote
 from clip_train.data.cache import Cache
 from clip_train.data.index_files import ShardIndex, forget, keep, parse_index, recall
+from clip_train.data.listing import list_samples
 from clip_train.data.remote import INDEX_SUFFIX, PIPE, Found, base_name, is_remote
-from clip_train.data.tar import members
 from clip_train.errors import DataError
 
 EMBEDDED = "embedded:"
@@ -77,18 +77,38 @@ def _expand(one: str, pattern: str, relative_to: Path | None) -> list[str]:
             candidates = [embedded.path(one.removeprefix(EMBEDDED))]
         except OSError as error:  # no such data, or no room to unpack it
             raise DataError(f"shards {pattern!r}: {error}") from error
-    elif Path(one).expanduser().is_absolute():
-        candidates = [Path(one).expanduser()]
     else:
-        candidates = [Path(relative_to, one)] if relative_to is not None else []
-        candidates.append(Path(one))
+        candidates = _local_candidates(one, pattern, relative_to)
     for candidate in candidates:
-        if candidate.is_file():
-            return [str(candidate)]
-        matches = glob.glob(str(candidate), recursive=True)  # noqa: PTH207 (it takes absolute patterns)
-        if files := sorted(match for match in matches if Path(match).is_file()):
-            return files
+        try:
+            if candidate.is_file():
+                return [str(candidate)]
+            matches = glob.glob(str(candidate), recursive=True)  # noqa: PTH207 (it takes absolute patterns)
+            if files := sorted(match for match in matches if _is_shard(Path(match), pattern)):
+                return files
+        except OSError as error:  # a folder that may not be entered, a name that is too long
+            raise DataError(f"shards {pattern!r}: {candidate} cannot be read: {error.strerror}") from error
     raise DataError(_no_match(one, pattern, candidates))
+
+
+def _local_candidates(one: str, pattern: str, relative_to: Path | None) -> list[Path]:
+    try:
+        path = Path(one).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise DataError(f"shards {pattern!r}: {error}") from error
+    return [path] if path.is_absolute() or relative_to is None else [Path(relative_to, path), path]
+
+
+def _is_shard(match: Path, pattern: str) -> bool:
+    """Whether a match is a file; folders on the way of `**` are passed over, but nothing that was meant as a shard."""
+    if match.is_file():
+        return True
+    if match.is_symlink() and not match.exists():
+        raise DataError(f"shards {pattern!r}: {match} is a link to {match.readlink()}, where there is no file")
+    if match.suffix == ".tar" or not match.is_dir():
+        what = "a folder" if match.is_dir() else "a pipe or a device"
+        raise DataError(f"shards {pattern!r}: {match} is {what}, not a tar file. Leave it out of the pattern.")
+    return False
 
 
 def _no_match(one: str, pattern: str, candidates: list[Path]) -> str:
@@ -97,7 +117,11 @@ def _no_match(one: str, pattern: str, candidates: list[Path]) -> str:
         folder = candidate if candidate.is_dir() else candidate.parent
         while not folder.is_dir() and folder != folder.parent:
             folder = folder.parent
-        names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+        try:
+            names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+        except OSError as error:
+            what += f" {folder.resolve()} cannot be read ({error.strerror})."
+            continue
         tars = [name for name in names if name.endswith(".tar")] or names
         shown = ", ".join(tars[:6]) + (f", … ({len(tars)} in all)" if len(tars) > 6 else "")
         what += f" {folder.resolve()} holds {shown or 'nothing'}."
@@ -236,43 +260,11 @@ def _fetch_and_list(shard: str, found: Found, cache: Cache) -> ShardIndex:
 
 def _list(shard: str, path: Path) -> ShardIndex:
     """One pass over the headers of a file, in messages called by the shard's name."""
-    try:
-        return _list_members(shard, path)
-    except DataError as error:
-        raise DataError(str(error).replace(str(path), shard)) from error
-
-
-def _list_members(shard: str, path: Path) -> ShardIndex:
-    extensions: dict[str, int] = {}
-    samples: dict[str, int] = {}
-    seen: dict[tuple[int, int], tuple[int, int]] = {}
-    without_extension = 0
-    for name, offset, length in members(path):
-        if name.startswith("/") or ".." in name.split("/"):
-            raise DataError(
-                f"{shard}: member {name!r} names a place outside of the archive. Pack the shard again with plain names."
-            )
-        folder, slash, file = name.removeprefix("./").rpartition("/")
-        stem, dot, extension = file.partition(".")
-        if not stem or not dot or not extension:  # as webdataset: `.DS_Store` and `README` are no samples
-            without_extension += 1
-            continue
-        row = samples.setdefault(folder + slash + stem, len(samples))
-        place = (row, extensions.setdefault(extension.lower(), len(extensions)))
-        if place in seen:
-            raise DataError(
-                f"{shard}: member {name!r} occurs twice, so it is unclear which one belongs to the sample. "
-                "Pack the shard again with a key of its own for each sample."
-            )
-        seen[place] = (offset, length)
-    if not samples:
-        reason = f"its {without_extension} members have no KEY.EXTENSION names" if without_extension else "no members"
+    found = list_samples(shard, path)
+    if found.samples is None:
+        reason = f"its {len(found.strays)} members have no KEY.EXTENSION names" if found.strays else "no members"
         raise DataError(f"{shard}: holds no samples ({reason}). Remove it from `shards` or write it again.")
-    table = np.full((2, len(samples), len(extensions)), -1, dtype=np.int64)
-    places = np.array(list(seen), dtype=np.int64)
-    table[:, places[:, 0], places[:, 1]] = np.array(list(seen.values()), dtype=np.int64).T
-    keys = np.array([key.encode("utf-8", "surrogateescape") for key in samples])
-    return ShardIndex(shard, path.stat().st_size, tuple(extensions), keys, table[0], table[1])
+    return found.samples
 
 
 def data_fingerprint(indexes: Iterable[ShardIndex]) -> str:
@@ -281,7 +273,8 @@ def data_fingerprint(indexes: Iterable[ShardIndex]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for one in indexes:
-        digest.update(f"{base_name(one.shard)}\0{len(one)}\0{one.size}\0{' '.join(one.extensions)}\0".encode())
+        head = f"{base_name(one.shard)}\0{len(one)}\0{one.size}\0{' '.join(one.extensions)}\0"
+        digest.update(head.encode("utf-8", "surrogateescape"))
         for array in (one.key_bytes, one.offsets, one.sizes):
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -3,13 +3,15 @@
 Python's `tarfile` does this too, at ~60 us a member and silently stopping at damage. Here every header's
 checksum and bound is checked, and what does not add up is a `DataError` that names the shard.
 
-Source: POSIX.1-2001 pax (ustar blocks, pax headers `x` and `g`) and the GNU tar manual (long names `L`,
-base-256 sizes).
+The file is read, not mapped: a mapped file that somebody cuts short takes the process with it (SIGBUS).
+
+Source: POSIX.1-2001 pax (ustar blocks, pax headers `x` and `g`) and the GNU tar manual (long names `L`, base-256
+sizes, sparse members `S` and `GNU.sparse.*`).
 """
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,46 +19,57 @@ from typing import NamedTuple
 from clip_train.errors import DataError
 
 BLOCK = 512
+_MOST_ATTRIBUTES = 1 << 20  # bytes of a long name or of pax attributes; no honest writer needs more
+_SPECIAL = {b"1": "a hard link (pack with `tar --hard-dereference`)", b"2": "a link (pack with `tar --dereference`)",
+            b"3": "a device", b"4": "a device", b"6": "a pipe"}  # fmt: skip
 _MAGIC = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, and where its bytes lie in the tar."""
+    """A file in a tar: its name, and where its bytes lie in the tar."""
 
     name: str
     offset: int
     size: int
+    problem: str = ""
+    """Why its bytes cannot be used: it is a link, a device, or has holes."""
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The regular files of a tar, in order. Directories are passed over.
+    """The files of a tar, in order. Directories are passed over.
 
     Raises:
-        DataError: the file is no tar, is cut short, holds links or goes on after its end.
+        DataError: the file is no tar, is cut short or goes on after its end.
     """
-    size = path.stat().st_size
-    if size == 0:
-        raise DataError(f"{path}: is empty (0 bytes): fetch or write this shard again")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield from _walk(path, data, size)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            raise DataError(f"{path}: is empty (0 bytes): fetch or write this shard again")
+        yield from _walk(path, descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
-def _walk(path: Path, data: mmap.mmap, size: int) -> Iterator[Member]:
+def _walk(path: Path, descriptor: int, size: int) -> Iterator[Member]:
     offset = 0
     name: str | None = None  # set by an extended header for the member after it
     length: int | None = None
+    sparse = False
     while True:
-        header = data[offset : offset + BLOCK]
+        header = os.pread(descriptor, BLOCK, offset)
         if len(header) < BLOCK and offset:
             raise DataError(_cut_short(path, offset, size))
         if not any(header):
-            _check_end(path, data, offset)
+            _check_end(path, descriptor, offset)
             return
         if len(header) < BLOCK or _checksum(header) != _number(header[148:156]):
             raise DataError(_not_a_header(path, header, offset))
         kind = header[156:157]
         extent = _number(header[124:136]) if length is None or kind in b"xgLK" else length
-        if extent < 0:
+        if kind in b"123456":  # links, devices, directories: whatever their headers say, no bytes follow
+            extent = 0
+        if extent < 0 or (kind in b"xL" and extent > _MOST_ATTRIBUTES):
             raise DataError(_not_a_header(path, header, offset))
         start = offset + BLOCK
         offset = start + (extent + BLOCK - 1) // BLOCK * BLOCK
@@ -64,38 +77,45 @@ def _walk(path: Path, data: mmap.mmap, size: int) -> Iterator[Member]:
             raise DataError(_cut_short(path, start, size))
         if kind == b"x":  # pax: attributes of the next member
             try:
-                attributes = _pax(data[start : start + extent])
+                attributes = _pax(os.pread(descriptor, extent, start))
                 length = int(attributes["size"]) if "size" in attributes else length
             except ValueError as error:
                 raise DataError(_not_a_header(path, header, start)) from error
-            name = attributes.get("path", name)
+            name = attributes.get("GNU.sparse.name") or attributes.get("path", name)
+            sparse = any(key.startswith("GNU.sparse.") for key in attributes)
         elif kind == b"L":  # GNU: long name of the next member
-            name = _text(data[start : start + extent].split(b"\0", 1)[0])
+            name = _text(os.pread(descriptor, extent, start).split(b"\0", 1)[0])
         elif kind in b"gKV":  # pax defaults (no names in them), long link targets, volume labels
             continue
         else:
             if name is None:
                 name = _name(header)
-            if kind in (b"0", b"\0", b"7"):
+            if kind == b"S":
+                sparse = True
+                more = header[482]
+                while more:  # blocks that only list more holes
+                    more = (os.pread(descriptor, BLOCK, start) or b"\0").ljust(BLOCK, b"\0")[504]
+                    start, offset = start + BLOCK, offset + BLOCK
+            if sparse:
+                yield Member(name, start, extent, "has holes (a sparse file; pack without `tar --sparse`)")
+            elif kind in (b"0", b"\0", b"7"):
                 yield Member(name, start, extent)
+            elif kind in _SPECIAL:
+                yield Member(name, start, 0, f"is {_SPECIAL[kind]}; only regular files are read")
             elif kind != b"5":  # a directory
-                raise DataError(
-                    f"{path}: member {name!r} is a link or a special file; only regular files are read. "
-                    "Pack the shard again with links followed (tar --dereference)."
-                )
-            name = length = None
+                yield Member(name, start, 0, f"is of the unknown kind {kind!r}; only regular files are read")
+            name, length, sparse = None, None, False
 
 
-def _check_end(path: Path, data: mmap.mmap, offset: int) -> None:
+def _check_end(path: Path, descriptor: int, offset: int) -> None:
     """After the first block of zeros there may be only zeros."""
-    data.seek(offset)
-    while chunk := data.read(1 << 20):
+    while chunk := os.pread(descriptor, 1 << 20, offset):
         if chunk.count(0) != len(chunk):
             raise DataError(
-                f"{path}: goes on after its end-of-archive mark, as tars do that were joined with `cat`: "
-                "what follows "
+                f"{path}: goes on after its end-of-archive mark, as tars do that were joined with `cat`: what follows "
                 "would never be read. Join with `tar --concatenate`, or keep the shards apart."
             )
+        offset += len(chunk)
 
 
 def _cut_short(path: Path, offset: int, size: int) -> str:
