@@ -80,6 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, help="a new folder")
     export.set_defaults(run=run_export)
 
+    bring_in = commands.add_parser("import", help="a model of open_clip, OpenAI or transformers as a checkpoint")
+    bring_in.add_argument(
+        "source", type=Path, help="an open_clip or transformers directory, a state dict, OpenAI's .pt"
+    )
+    bring_in.add_argument("out", type=Path, help="a new run folder")
+    bring_in.add_argument("--recipe", default="imported", help="data, optimizer and evaluation around it")
+    bring_in.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    bring_in.add_argument("--quick-gelu", action="store_true", help="of a bare state dict with OpenAI's activation")
+    bring_in.add_argument("--vocabulary", type=Path, metavar="FILE", help="a vocabulary JSON or OpenAI's merges")
+    bring_in.set_defaults(run=run_import)
+
     report = commands.add_parser("report", help="write report.html and PNGs into a run folder")
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=run_report)
@@ -151,6 +162,22 @@ def run_export(args: argparse.Namespace) -> int:
 
     parity = export(load(args.checkpoint), args.to, args.out, source=args.checkpoint)
     console.print(f"{args.out}: loaded again by {args.to}: {parity}", soft_wrap=True)
+    return 0
+
+
+def run_import(args: argparse.Namespace) -> int:
+    from clip_train.export.bring_in import bring_in
+
+    recipe, model = bring_in(
+        args.source, args.out, recipe=args.recipe, overrides=args.overrides, quick_gelu=args.quick_gelu,
+        vocabulary=args.vocabulary,
+    )  # fmt: skip
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"{args.out}: {recipe.image.kind} at {recipe.image.image_size} px, {parameters:,} parameters. Try: "
+        f"clip-train eval {args.out}, or --set training.init={args.out} with a recipe",
+        soft_wrap=True,
+    )
     return 0
 
 

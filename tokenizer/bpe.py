@@ -99,6 +99,16 @@ class BPETokenizer:
         """Writes a merges file with which open_clip's `SimpleTokenizer(bpe_path=path)` gives the same ids."""
         formats.write_openai(self.vocabulary, Path(path))
 
+    @classmethod
+    def from_transformers(cls, directory: str | os.PathLike[str]) -> BPETokenizer:
+        """Reads `tokenizer.json` and `tokenizer_config.json` of a CLIP tokenizer.
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            ValueError: another kind of tokenizer.
+        """
+        return cls(formats.read_transformers(Path(directory)))
+
     def to_transformers(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` for transformers' `AutoTokenizer`."""
         formats.write_transformers(self.vocabulary, Path(directory))

@@ -223,6 +223,38 @@ def write_transformers(vocabulary: Vocabulary, directory: Path) -> None:
     _write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", directory / "tokenizer_config.json")
 
 
+def read_transformers(directory: Path) -> Vocabulary:
+    """Reads what `write_transformers` writes, and CLIP tokenizers of the same kind from elsewhere.
+
+    Raises:
+        FileNotFoundError: there is no `tokenizer.json` or `tokenizer_config.json`.
+        ValueError: another kind of tokenizer than CLIP's byte-level BPE with `</w>`, or ids in another order.
+    """
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    model = content["model"]
+    if model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
+        kind = f"{model.get('type')} with end_of_word_suffix {model.get('end_of_word_suffix')!r}"
+        raise ValueError(f"{directory}/tokenizer.json is {kind}: only CLIP's byte-level BPE with '</w>' can be read")
+    lines = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    merges = tuple(_merge(line, number) for number, line in enumerate(lines, 1))
+    ids: dict[str, int] = {**model["vocab"], **{one["content"]: one["id"] for one in content["added_tokens"]}}
+    cap = min(int(config.get("model_max_length") or OPENAI_CONTEXT), 1 << 20)
+    roles = {"sot": "bos_token", "eot": "eos_token", "pad": "pad_token", "mask": "mask_token"}
+    named = {role: config[key] for role, key in roles.items() if config.get(key)}
+    specials = {role: one if isinstance(one, str) else str(one["content"]) for role, one in named.items()}
+    special_ids = {role: ids[token] for role, token in specials.items()}
+    if special_ids.get("pad") == special_ids["eot"]:  # OpenAI's, as transformers has them
+        vocabulary = openai_vocabulary(merges, cap, provenance=f"transformers tokenizer {directory.name}")
+    else:
+        vocabulary = Vocabulary(
+            merges, specials, special_ids, cap, provenance=f"transformers tokenizer {directory.name}"
+        )
+    if {token: number for number, token in enumerate(vocabulary.tokens)} != ids:
+        raise ValueError(f"{directory}/tokenizer.json numbers its tokens in another order than bytes, merges, specials")
+    return vocabulary
+
+
 def _merge(line: Any, number: int) -> Merge:
     parts = line.split(" ") if isinstance(line, str) else []
     if len(parts) != 2 or not all(parts):

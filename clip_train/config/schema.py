@@ -282,6 +282,9 @@ class Training(Section):
     """Refuse operations that are not reproducible (slower on GPU; CPU runs are reproducible anyway)."""
     compile: bool = False
     """torch.compile the blocks of both towers."""
+    init: str | None = None
+    """Run folder or checkpoint whose weights the first step starts from: fine-tuning, also of imported models. Position
+    embeddings are interpolated where sizes differ."""
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute it again in the backward pass: a third more work, far less
     memory."""

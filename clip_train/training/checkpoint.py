@@ -160,8 +160,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, assign: bool = False) -> None:
+    """The checkpoint's weights, as `load_tensors`."""
+    load_tensors(model, checkpoint.model(), where=str(checkpoint.path), assign=assign)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str, assign: bool = False) -> None:
     """Every tensor by name, shape and nothing left over; CheckpointError says what does not fit."""
-    tensors = checkpoint.model()
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     problems += [f"{name} is not of this model" for name in tensors.keys() - expected.keys()]
@@ -171,7 +175,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, assign: bool = Fal
         if tensors[name].shape != expected[name].shape
     ]
     if problems:
-        raise CheckpointError(f"{checkpoint.path}: does not fit the recipe: {'; '.join(sorted(problems)[:5])}")
+        raise CheckpointError(f"{where}: does not fit the recipe: {'; '.join(sorted(problems)[:5])}")
     model.load_state_dict(tensors, strict=True, assign=assign)
 
 

@@ -34,6 +34,7 @@ FREE = (
     "training.activation_checkpointing",
     "training.parallel.",
     "training.steps",
+    "training.init",  # what the first step started from; a checkpoint goes on from itself
 )
 
 

@@ -27,6 +27,7 @@ from clip_train.models.two_tower import TwoTower
 from clip_train.runtime.parallel import separate_shards
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
+from clip_train.training.initial import load_initial
 from clip_train.training.optimizer import load_named_state
 from clip_train.training.resume import restore
 from clip_train.training.update import Inputs, backward
@@ -68,6 +69,9 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
     tokenizer = build_tokenizer(recipe)
     torch.manual_seed(recipe.training.seed)
     model = build_model(recipe, tokenizer)
+    if recipe.training.init is not None:
+        notify = console.print if process.is_main else lambda _: None
+        load_initial(model, Path(recipe.training.init), tokenizer=tokenizer, notify=notify)
     wrapped = build_parallel(recipe, model, process)
     optimizer = build_optimizer(recipe, model)
     separate_shards(optimizer)

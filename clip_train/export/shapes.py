@@ -1,0 +1,86 @@
+"""The shape of a model read off its tensors: what recipe sections would build it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from clip_train.errors import CheckpointError
+
+HEAD_WIDTH = 64
+"""Of every published CLIP; tensors do not tell."""
+
+
+def text_section(state: Mapping[str, Tensor], heads: int | None, *, quick_gelu: bool) -> dict[str, Any]:
+    """`[text]` of a `TwoTower` state dict.
+
+    Args:
+        heads: where a configuration says them; by default width / 64.
+        quick_gelu: the activation of OpenAI's weights, which tensors do not tell either.
+    """
+    width = state["text.token_embedding.weight"].shape[1]
+    return {
+        "kind": "transformer",
+        "width": width,
+        "layers": _count(state, r"text\.blocks\.(\d+)\."),
+        "heads": heads or width // HEAD_WIDTH,
+        "mlp_ratio": state["text.blocks.0.mlp.up.weight"].shape[0] / width,
+        "activation": "quick_gelu" if quick_gelu else "gelu",
+    }
+
+
+def image_section(state: Mapping[str, Tensor], heads: int | None, *, quick_gelu: bool) -> dict[str, Any]:
+    """`[image]` of a `TwoTower` state dict with a ViT or a ResNet; arguments as `text_section`.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if "image.patch_embedding.weight" in state:
+        return _vit(state, heads, "quick_gelu" if quick_gelu else "gelu")
+    return _resnet(state, heads)
+
+
+def _vit(state: Mapping[str, Tensor], heads: int | None, activation: str) -> dict[str, Any]:
+    width, _, patch, _ = state["image.patch_embedding.weight"].shape
+    grid = _side(state["image.positional_embedding"].shape[0] - 1, "image.positional_embedding")
+    return {
+        "kind": "vit",
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "width": width,
+        "layers": _count(state, r"image\.blocks\.(\d+)\."),
+        "heads": heads or width // HEAD_WIDTH,
+        "mlp_ratio": state["image.blocks.0.mlp.up.weight"].shape[0] / width,
+        "activation": activation,
+    }
+
+
+def _resnet(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+    name = "image.attention_pool.positional_embedding"
+    if name not in state:
+        raise CheckpointError("the image tower is neither a ViT with a class token nor CLIP's ResNet")
+    width = state["image.conv3.weight"].shape[0]
+    return {
+        "kind": "resnet",
+        "image_size": 32 * _side(state[name].shape[0] - 1, name),
+        "layers": [_count(state, rf"image\.stages\.{stage}\.(\d+)\.") for stage in range(4)],
+        "width": width,
+        "heads": heads or width * 32 // HEAD_WIDTH,
+    }
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Blocks: one more than the largest number in names."""
+    numbers = [int(match[1]) for name in state if (match := re.match(pattern, name))]
+    return 1 + max(numbers, default=-1)
+
+
+def _side(cells: int, name: str) -> int:
+    side = math.isqrt(cells)
+    if side * side != cells:
+        raise CheckpointError(f"{name} has {cells} cells beside the class token, which is no square")
+    return side
