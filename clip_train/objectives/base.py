@@ -49,3 +49,6 @@ class Loss:
     """The parts that make up `total`, detached."""
     stats: dict[str, Tensor]
     """Other figures, detached."""
+    rows: Tensor | None = None
+    """`(b,)` fp32, detached: what each of this process's pairs adds to `total`, which is their mean. None where an
+    objective cannot say."""

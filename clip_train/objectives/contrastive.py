@@ -41,13 +41,14 @@ class InfoNCE:
             scale = logit_scale.float()
             to_text = scale * features.image.float() @ features.all_text.float().T
             to_image = scale * features.text.float() @ features.all_image.float().T
-            image_to_text, image_accuracy = _direction(to_text, targets)
-            text_to_image, text_accuracy = _direction(to_image, targets)
+            image_to_text, image_rows, image_accuracy = _direction(to_text, targets)
+            text_to_image, text_rows, text_accuracy = _direction(to_image, targets)
             total = (image_to_text + text_to_image) / 2
         return Loss(
             total,
             terms={"image_to_text": image_to_text.detach(), "text_to_image": text_to_image.detach()},
             stats={"accuracy_image_to_text": image_accuracy, "accuracy_text_to_image": text_accuracy},
+            rows=(image_rows + text_rows) / 2,
         )
 
     def _targets(self, features: Features) -> Tensor:
@@ -61,11 +62,13 @@ class InfoNCE:
         return features.groups[:, None] == features.all_groups
 
 
-def _direction(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy of `(b, B)` logits."""
+def _direction(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy, that of each row, and accuracy of `(b, B)` logits."""
     predicted = logits.detach().argmax(dim=1)
     if targets.dtype != torch.bool:
-        return F.cross_entropy(logits, targets), (predicted == targets).float().mean()
+        log_probability = logits.log_softmax(dim=1)  # cross_entropy's two halves: the rows come with them
+        rows = -log_probability.detach().gather(1, targets[:, None])[:, 0]
+        return F.nll_loss(log_probability, targets), rows, (predicted == targets).float().mean()
     mean_positive = logits.masked_fill(~targets, 0.0).sum(dim=1) / targets.sum(dim=1)
-    loss = (logits.logsumexp(dim=1) - mean_positive).mean()
-    return loss, targets.gather(1, predicted[:, None]).float().mean()
+    rows = logits.logsumexp(dim=1) - mean_positive
+    return rows.mean(), rows.detach(), targets.gather(1, predicted[:, None]).float().mean()

@@ -130,3 +130,26 @@ def test_a_perfect_batch_has_no_loss_left() -> None:
     loss = InfoNCE().loss(Features.local(features, features), torch.tensor(100.0))
     assert float(loss.total) == pytest.approx(0.0, abs=1e-6)
     assert float(loss.stats["accuracy_image_to_text"]) == 1.0
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_rows_are_the_losses_of_single_pairs(equal: bool) -> None:
+    """By a loop in float64; on two processes, each has its own rows."""
+    image, text, scale = unit(6, 8, 6).detach(), unit(6, 8, 7).detach(), 8.0
+    groups = torch.tensor([3, 1, 3, 2, 1, 3]) if equal else torch.arange(6)
+    expected: list[float] = []
+    for i in range(6):
+        positives = [j for j in range(6) if groups[j] == groups[i]]
+        both = 0.0
+        for queries, keys in ((image.double(), text.double()), (text.double(), image.double())):
+            logits = [scale * (queries[i] @ keys[j]).item() for j in range(6)]
+            log_sum = math.log(sum(map(math.exp, logits)))
+            both += sum(log_sum - logits[j] for j in positives) / len(positives)
+        expected.append(both / 2)
+    objective, found = InfoNCE(equal_captions_positive=equal), list[float]()
+    for first in (0, 3):
+        loss = objective.loss(share(image, text, first, 3, groups), torch.tensor(scale))
+        assert loss.rows is not None and not loss.rows.requires_grad
+        assert float(loss.rows.mean()) == pytest.approx(float(loss.total), abs=1e-6)
+        found += loss.rows.tolist()
+    assert found == pytest.approx(expected, abs=1e-5)
