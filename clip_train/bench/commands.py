@@ -17,6 +17,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_tokenizer_arguments(tokenizer)
     tokenizer.set_defaults(run=run_tokenizer)
 
+    zeroshot = commands.add_parser("zeroshot", help="building a zero-shot classifier beside open_clip's")
+    add_zeroshot_arguments(zeroshot)
+    zeroshot.set_defaults(run=run_zeroshot)
+
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -53,5 +57,20 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tokenizer(args: argparse.Namespace) -> int:
     from clip_train.bench.tokenizer import main
+
+    return main(args)
+
+
+def add_zeroshot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default="vit-b-32", help="whose text tower (default vit-b-32)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--classes", type=int, default=20, help="of ImageNet's 1,000 (default 20: minutes, not hours)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio is smaller")
+
+
+def run_zeroshot(args: argparse.Namespace) -> int:
+    from clip_train.bench.zeroshot import main
 
     return main(args)

@@ -22,6 +22,7 @@ from clip_train.config.schema import Retrieval, ZeroShot
 from clip_train.errors import ConfigError
 from clip_train.evaluation.encode import Gather, Loaded, Rows, alone
 from clip_train.evaluation.reading import Advance, Reading, read_lines
+from clip_train.evaluation.results import write_benchmark
 from clip_train.evaluation.retrieval import evaluate_retrieval
 from clip_train.evaluation.zeroshot import EvalResult, evaluate_zeroshot
 
@@ -46,7 +47,8 @@ def evaluate(
 
     All ranks call it with the same arguments but `rank`; `gather` gives each rank everybody's part. Paths of a task
     are taken from `relative_to`, then from the working directory. Given a `run_dir`, rank 0 writes there `eval.json`
-    (sorted), `eval/TASK.npz` (the rows the report draws) and, given a `step`, a line of `evals.jsonl`.
+    (sorted), `eval/TASK.npz` (the rows the report draws), the figures in CLIP_benchmark's form and, given a `step`, a
+    line of `evals.jsonl`.
 
     Raises ConfigError or DataError (on all ranks) for a task that cannot be measured.
     """
@@ -77,6 +79,7 @@ def evaluate(
             write_rows(run_dir / "eval" / f"{name}.npz", result.rows)
     if run_dir is not None and rank == 0:
         write_figures(run_dir, figures, step)
+        write_benchmark(run_dir, figures, tasks, model=run_dir.name)
     return figures
 
 

@@ -1,0 +1,55 @@
+"""Figures in the form of CLIP_benchmark, for tables beside other models: `eval/clip_benchmark/TASK.json`, one CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clip_train.config.schema import Retrieval, ZeroShot
+
+_CLASSIFICATION = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "per_class_mean"}
+_RETRIEVAL = {
+    f"{theirs}_retrieval_recall@{k}": f"{ours}/r@{k}"
+    for k in (1, 5, 10)
+    for theirs, ours in (("image", "text_to_image"), ("text", "image_to_text"))
+}
+
+
+def benchmark_rows(
+    figures: Mapping[str, float], tasks: Mapping[str, ZeroShot | Retrieval], model: str
+) -> list[dict[str, Any]]:
+    """One entry a task, with the keys that `clip_benchmark build` reads."""
+    rows: list[dict[str, Any]] = []
+    for name, task in tasks.items():
+        names = _CLASSIFICATION if isinstance(task, ZeroShot) else _RETRIEVAL
+        rows.append(
+            {
+                "dataset": name,
+                "model": model,
+                "pretrained": "clip-train",
+                "task": "zeroshot_classification" if isinstance(task, ZeroShot) else "zeroshot_retrieval",
+                "metrics": {theirs: figures[f"{task.kind}/{name}/{ours}"] for theirs, ours in names.items()},
+                "language": "en",
+            }
+        )
+    return rows
+
+
+def write_benchmark(
+    run_dir: Path, figures: Mapping[str, float], tasks: Mapping[str, ZeroShot | Retrieval], model: str
+) -> None:
+    """Write every task's JSON and `results.csv`, which holds what `clip_benchmark build` would make of them."""
+    folder = run_dir / "eval" / "clip_benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = benchmark_rows(figures, tasks, model)
+    for row in rows:
+        (folder / f"{row['dataset']}.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    flat = [{**row["metrics"], **{k: v for k, v in row.items() if k != "metrics"},
+             "model_fullname": f"{row['model']} {row['pretrained']}"} for row in rows]  # fmt: skip
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
+        writer.writeheader()
+        writer.writerows(flat)
