@@ -91,6 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     bring_in.add_argument("--vocabulary", type=Path, metavar="FILE", help="a vocabulary JSON or OpenAI's merges")
     bring_in.set_defaults(run=run_import)
 
+    consolidate = commands.add_parser("consolidate", help="a checkpoint of whole files from one saved in shards")
+    consolidate.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
+    consolidate.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    consolidate.set_defaults(run=run_consolidate)
+
     report = commands.add_parser("report", help="write report.html and PNGs into a run folder")
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=run_report)
@@ -178,6 +183,13 @@ def run_import(args: argparse.Namespace) -> int:
         f"clip-train eval {args.out}, or --set training.init={args.out} with a recipe",
         soft_wrap=True,
     )
+    return 0
+
+
+def run_consolidate(args: argparse.Namespace) -> int:
+    from clip_train.training.checkpoint import consolidate
+
+    console.print(f"{consolidate(args.checkpoint, args.out)} → {args.out}", soft_wrap=True)
     return 0
 
 

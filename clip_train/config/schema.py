@@ -311,6 +311,8 @@ class CheckpointPolicy(Section):
     """0 turns saving by minutes off."""
     keep_last: PositiveInt = 3
     """Older checkpoints are removed."""
+    asynchronous: bool = True
+    """Write while training goes on. Takes host memory for one more copy of what a process writes."""
 
 
 # ---------------------------------------------------------------------------------------- evaluation

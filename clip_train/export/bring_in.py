@@ -15,7 +15,7 @@ from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError
 from clip_train.export.foreign import Foreign, read_foreign
 from clip_train.models.two_tower import TwoTower
-from clip_train.training.checkpoint import State, load_tensors, save_checkpoint
+from clip_train.training.checkpoint import Companions, State, load_tensors, save_checkpoint
 
 
 def bring_in(
@@ -48,7 +48,12 @@ def bring_in(
         versions={"clip-train": __version__, "torch": torch.__version__},
     )
     save_checkpoint(
-        out / "checkpoints", state, model.state_dict(), {}, dump_recipe(made), foreign.tokenizer.save, keep_last=1
+        out / "checkpoints",
+        state,
+        model.state_dict(),
+        {},
+        Companions(dump_recipe(made), foreign.tokenizer.save),
+        keep_last=1,
     )
     (out / "recipe.toml").write_text(dump_recipe(made), encoding="utf-8")
     return made, model

@@ -160,6 +160,11 @@ def synchronize_batch_norm(model: TwoTower, process: Process) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(tower)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold parts of the parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 @contextmanager
 def without_gradient_sync(model: nn.Module) -> Generator[None]:
     """Backward passes inside only add to local gradients; the first one outside averages the sum."""

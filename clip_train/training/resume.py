@@ -13,7 +13,7 @@ from clip_train.config.load import differences, parse_toml
 from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError
 from clip_train.models.two_tower import TwoTower
-from clip_train.training.checkpoint import Checkpoint, State, load_weights, read_checkpoint
+from clip_train.training.checkpoint import Checkpoint, State, load_weights, read_checkpoint, read_optimizer
 
 # What may change between a checkpoint and the run that goes on from it: nothing that the numbers depend on, but for
 # the length of the run, which is said aloud.
@@ -68,7 +68,7 @@ def restore(
     check_same_run(recipe, checkpoint, data_fingerprint, tokenizer_fingerprint, notify)
     load_weights(model, checkpoint)
     try:
-        load_optimizer(checkpoint.optimizer())
+        load_optimizer(read_optimizer(checkpoint, model))
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}: the optimizer's state lacks {error}") from error
     if scaler is not None and checkpoint.state.scaler:

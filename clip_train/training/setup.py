@@ -63,8 +63,6 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
         raise ConfigError(
             f"data.batch_size = {recipe.data.batch_size} is global: make it a multiple of the {process.world} processes"
         )
-    if recipe.training.parallel.kind == "fsdp" and process.world > 1:
-        raise ConfigError("training.parallel.kind = 'fsdp' has no checkpoints yet")
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe)
     torch.manual_seed(recipe.training.seed)

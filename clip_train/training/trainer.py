@@ -31,11 +31,13 @@ from clip_train.errors import DataError, TrainingError
 from clip_train.models.flops import image_flops, text_flops
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
+from clip_train.runtime.parallel import is_sharded
 from clip_train.runtime.process import Process
-from clip_train.training.checkpoint import State, save_checkpoint
+from clip_train.training.checkpoint import Companions, State
 from clip_train.training.metrics import Interval, MetricsFile, Trackers, measured_peak_flops
 from clip_train.training.optimizer import named_state
 from clip_train.training.progress import TrainingProgress
+from clip_train.training.saving import Saver
 from clip_train.training.setup import Run, set_up
 from clip_train.training.signals import StopFlag, stop_signals
 from clip_train.training.update import Inputs, train_step
@@ -62,11 +64,11 @@ def train(
     Raises UserError for everything that a person can mend.
     """
     run = set_up(recipe, run_dir, process, resume=resume, console=console)
-    with stop_signals() as stop:
-        return loop(run, stop, evaluate)
+    with stop_signals() as stop, open_saver(run) as saver:
+        return loop(run, stop, evaluate, saver)
 
 
-def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
+def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     """Update until the last step or a signal."""
     recipe, process = run.recipe, run.process
     steps, every = recipe.training.steps, recipe.logging.every_steps
@@ -141,9 +143,12 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate) -> Outcome:
                     progress.show(line)
                 interval = Interval.begin()
 
-            stopped, due = collectives.any_process([stop.signal is not None, is_save_due(run)], process.device)
+            flags = [stop.signal is not None, is_save_due(run), saver.failed]
+            stopped, due, unsaved = collectives.any_process(flags, process.device)
             if last or stopped or due:
-                save(run)
+                save(run, saver)
+            if last or stopped or unsaved:
+                saver.finish()
             if not stopped and should_evaluate(run, last=last):
                 figures = evaluate(run.model, run.tokenizer, run.step)
                 run.model.train()
@@ -225,41 +230,38 @@ def is_evaluated(run: Run) -> bool:
     return bool(collectives.gather_objects(found)[0])
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint, unless this step has one."""
+def open_saver(run: Run) -> Saver:
+    """What writes the run's checkpoints; sharded where the model is."""
+    policy = run.recipe.checkpoint
+    return Saver(
+        run.run_dir / "checkpoints",
+        run.process,
+        run.optimizer,
+        Companions(dump_recipe(run.recipe), run.tokenizer.save),
+        sharded=is_sharded(run.model),
+        asynchronous=policy.asynchronous,
+        keep_last=policy.keep_last,
+    )
+
+
+def save(run: Run, saver: Saver) -> None:
+    """Save a checkpoint, unless this step has one."""
     run.saved_at = time.monotonic()
     if run.saved_step == run.step:
         return
     run.saved_step = run.step
-    failure = ""
-    if run.process.is_main:
-        scaler = run.process.scaler
-        state = State(
-            step=run.step,
-            samples=run.step * run.recipe.data.batch_size,
-            data_fingerprint=run.stream.fingerprint,
-            tokenizer_fingerprint=run.tokenizer.fingerprint,
-            bad_samples=run.bad_samples.bad,
-            scaler={} if scaler is None else scaler.state_dict(),
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "accelerate": accelerate.__version__,
-            },
-        )
-        try:
-            save_checkpoint(
-                run.run_dir / "checkpoints",
-                state,
-                run.model.state_dict(),
-                named_state(run.optimizer, run.model),
-                dump_recipe(run.recipe),
-                run.tokenizer.save,
-                keep_last=run.recipe.checkpoint.keep_last,
-            )
-        except TrainingError as error:
-            failure = str(error)
-    # Nobody waits for a process that could not save: all learn of it and stop.
-    for message in collectives.gather_objects(failure):
-        if message:
-            raise TrainingError(message)
+    scaler = run.process.scaler
+    state = State(
+        step=run.step,
+        samples=run.step * run.recipe.data.batch_size,
+        data_fingerprint=run.stream.fingerprint,
+        tokenizer_fingerprint=run.tokenizer.fingerprint,
+        bad_samples=run.bad_samples.bad,
+        scaler={} if scaler is None else scaler.state_dict(),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    )
+    saver.save(state, run.model.state_dict(), named_state(run.optimizer, run.model), dict(run.model.named_buffers()))

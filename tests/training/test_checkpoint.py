@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from clip_train.errors import CheckpointError, TrainingError
-from clip_train.training.checkpoint import State, find_checkpoint, list_checkpoints, read_checkpoint, save_checkpoint
+from clip_train.training.checkpoint import (
+    Companions,
+    State,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 
 def save(folder: Path, step: int, keep_last: int = 3, size: int = 4) -> Path:
@@ -22,8 +29,7 @@ def save(folder: Path, step: int, keep_last: int = 3, size: int = 4) -> Path:
         State(step=step, samples=8 * step, data_fingerprint="d", tokenizer_fingerprint="t"),
         {"weight": torch.full((size,), float(step))},
         {"exp_avg/weight": torch.zeros(size)},
-        'name = "x"\n',
-        lambda path: path.write_text("{}"),
+        Companions('name = "x"\n', lambda path: path.write_text("{}")),
         keep_last=keep_last,
     )
 
