@@ -33,10 +33,12 @@ from clip_train.models.text import TextTransformer
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer as VisionTransformerTower
 from clip_train.objectives.contrastive import InfoNCE
+from clip_train.runtime import collectives
 from clip_train.runtime.parallel import Replicated, Sharded, parallelize
 from clip_train.runtime.process import Process
 from clip_train.training import optimizer as optimizers
 from clip_train.training import schedule as schedules
+from clip_train.training.muon import Share
 from tokenizer import BPETokenizer
 
 
@@ -123,9 +125,17 @@ def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:
         case AdamW():
             return optimizers.adamw(model.named_parameters(), no_decay=model.no_weight_decay(), **arguments)
         case Muon():
-            return optimizers.muon(model.named_parameters(), no_decay=model.no_weight_decay(), **arguments)
+            return optimizers.muon(
+                model.named_parameters(), no_decay=model.no_weight_decay(), share=share_of_work(), **arguments
+            )
         case _:
             assert_never(config)
+
+
+def share_of_work() -> Share | None:
+    """How processes with the same gradients divide what all of them would repeat."""
+    world = collectives.world_size()
+    return None if world == 1 else Share(collectives.rank(), world, collectives.add_up_)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

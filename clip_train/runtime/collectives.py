@@ -66,6 +66,12 @@ def sum_over_processes(values: Sequence[float], device: torch.device) -> list[fl
     return [float(value) for value in total.tolist()]
 
 
+def add_up_(tensor: Tensor) -> None:
+    """Replace by the sum over processes, in place and in the tensor's dtype."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def sum_modulo_2_63(value: int, device: torch.device) -> int:
     """Sum of non-negative integers over processes, modulo 2**63; exact."""
     if world_size() == 1:

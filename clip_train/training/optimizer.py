@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_train.training.muon import MuonAdamW
+from clip_train.training.muon import MuonAdamW, Share
 
 
 def decay_groups(
@@ -53,6 +53,7 @@ def muon(
     beta2: float,
     eps: float,
     weight_decay: float,
+    share: Share | None = None,
 ) -> torch.optim.Optimizer:
     """Muon over hidden matrices and convolutions; AdamW over embeddings, gains, biases and other vectors."""
     named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
@@ -62,7 +63,7 @@ def muon(
     rest = [(name, parameter) for name, parameter in named if name not in names]
     groups = [{"params": [p for _, p in hidden], "weight_decay": weight_decay, "orthogonalize": True}]
     groups += [{**group, "orthogonalize": False} for group in decay_groups(rest, weight_decay, no_decay)]
-    return MuonAdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, momentum=momentum)
+    return MuonAdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, momentum=momentum, share=share)
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
