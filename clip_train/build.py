@@ -17,6 +17,7 @@ from clip_train.config.schema import (
     Muon,
     Recipe,
     ResNet,
+    Source,
     Timm,
     VisionTransformer,
 )
@@ -166,7 +167,13 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
     data = recipe.data
     return Stream(
         [
-            open_source(name, **source.model_dump(), cache=build_cache(recipe), show=rank == 0)
+            open_source(
+                name,
+                **source.model_dump(exclude={"augment"}),
+                augment=None if source.augment is None else build_augment(recipe, source),
+                cache=build_cache(recipe),
+                show=rank == 0,
+            )
             for name, source in data.sources.items()
         ],
         tokenizer,
@@ -175,6 +182,7 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
         batch_size=data.batch_size,
         lanes=data.lanes,
         window=data.shuffle_window,
+        sampling=data.sampling,
         rank=rank,
         world=world,
         cache_decoded=data.cache_decoded,
@@ -203,8 +211,9 @@ def build_loader(recipe: Recipe, stream: Stream, first_step: int, *, pin_memory:
     )
 
 
-def build_augment(recipe: Recipe) -> Augment:
-    """The random views of training."""
-    arguments = recipe.data.augment.model_dump()
+def build_augment(recipe: Recipe, source: Source | None = None) -> Augment:
+    """The random views of training: a source's own, or the shared ones."""
+    own = None if source is None else source.augment
+    arguments = (own or recipe.data.augment).model_dump()
     arguments |= arguments.pop("color")
     return Augment(size=recipe.image.image_size, interpolation=recipe.preprocess.interpolation, **arguments)

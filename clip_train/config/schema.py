@@ -23,23 +23,6 @@ class Section(BaseModel):
 # ---------------------------------------------------------------------------------------------- data
 
 
-class Source(Section):
-    """Shards of one kind, and where in a sample its picture and its captions are."""
-
-    shards: str | list[str]
-    """Path, brace pattern (`a-{000..099}.tar`), glob, or a list of them; also URLs (http, https, s3, gs, …),
-    `pipe:COMMAND` whose output is the shard, and `embedded:` for shipped data. Relative paths are taken from the
-    recipe's folder, then from the working directory."""
-    image: str = "jpg;jpeg;png;webp"
-    """Extensions of the member that holds the picture, the first present wins."""
-    caption: str = "txt"
-    """Extension of the member that holds the caption, or `json.FIELD` for a field (text or list) of a JSON member."""
-    caption_choice: Literal["first", "random"] = "first"
-    """Which of several captions: the first, or one drawn by (seed, epoch, sample)."""
-    weight: PositiveFloat | None = None
-    """Share of each batch among several sources; the default is proportional to the number of samples."""
-
-
 class ColorJitter(Section):
     """Largest relative change of each property, drawn uniformly (as in torchvision)."""
 
@@ -71,6 +54,26 @@ class Augment(Section):
     """Probability of turning the picture grey."""
 
 
+class Source(Section):
+    """Shards of one kind, and where in a sample its picture and its captions are."""
+
+    shards: str | list[str]
+    """Path, brace pattern (`a-{000..099}.tar`), glob, or a list of them; also URLs (http, https, s3, gs, …),
+    `pipe:COMMAND` whose output is the shard, and `embedded:` for shipped data. Relative paths are taken from the
+    recipe's folder, then from the working directory."""
+    image: str = "jpg;jpeg;png;webp"
+    """Extensions of the member that holds the picture, the first present wins."""
+    caption: str = "txt"
+    """Extension of the member that holds the caption, or `json.FIELD` for a field (text or list) of a JSON member."""
+    caption_choice: Literal["first", "random", "all"] = "first"
+    """Which of several captions: the first; one drawn by (seed, epoch, sample); or all in turn, another one each epoch,
+    so that n epochs show each of n captions once."""
+    weight: PositiveFloat | None = None
+    """Share of each batch among several sources; the default is proportional to the number of samples."""
+    augment: Augment | None = None
+    """Random changes of this source's pictures, in place of `data.augment`."""
+
+
 class Data(Section):
     """What is trained on, and in which order."""
 
@@ -79,6 +82,8 @@ class Data(Section):
     sources: dict[str, Source]
     workers: NonNegativeInt = 2
     """Loader processes for each training process; 0 loads in the training process."""
+    sampling: Literal["epoch", "replacement"] = "epoch"
+    """Every sample once an epoch, or each drawn from all samples of its source, as if none had been drawn before."""
     lanes: PositiveInt = 16
     """Parallel sequences of shards that a batch is dealt from (fewer where there are fewer shards)."""
     shuffle_window: PositiveInt = 8192
@@ -98,6 +103,12 @@ class Data(Section):
     def _has_sources(self) -> Data:
         if not self.sources:
             raise ValueError("name at least one source: [data.sources.NAME] with `shards`")
+        for name, source in self.sources.items():
+            if self.sampling == "replacement" and source.caption_choice == "all":
+                raise ValueError(
+                    f"data.sources.{name}.caption_choice = 'all' goes through captions epoch by epoch, which "
+                    "data.sampling = 'replacement' does not have: take 'random'"
+                )
         return self
 
 

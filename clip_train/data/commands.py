@@ -64,7 +64,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     order.add_argument("--ranks", type=int, default=1, metavar="N", help="training processes (default 1)")
     order.add_argument("--workers", type=int, metavar="K", help="loader workers of each (default: the recipe's)")
-    order.add_argument("--batches", action="store_true", help="a line a batch: its digest, first and last key")
+    lines = order.add_mutually_exclusive_group()
+    lines.add_argument("--batches", action="store_true", help="a line a batch: its digest, first and last key")
+    lines.add_argument("--captions", action="store_true", help="the chosen captions too, for which shards are read")
     order.set_defaults(run=run_order)
 
 
@@ -169,6 +171,8 @@ def run_order(args: argparse.Namespace) -> int:
         note = f"note: the recipe ends with step {recipe.training.steps} (training.steps)"
         Console(stderr=True, highlight=False).print(note, soft_wrap=True)
     workers = recipe.data.workers if args.workers is None else args.workers
-    for line in listing(stream, steps, ranks=args.ranks, workers=workers, batches_only=args.batches):
+    for line in listing(
+        stream, steps, ranks=args.ranks, workers=workers, batches_only=args.batches, captions=args.captions
+    ):
         print(line)
     return 0

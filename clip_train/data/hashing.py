@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Purposes: the second argument of every `mix`, so that no two uses share their numbers.
-SHARDS, WINDOW, ROWS, CAPTION, AUGMENT, SUBSTITUTE = range(1, 7)
+SHARDS, WINDOW, ROWS, CAPTION, AUGMENT, SUBSTITUTE, DRAW, TURN = range(1, 9)
 
 
 def mix(*parts: Any) -> NDArray[np.uint64]:

@@ -22,8 +22,10 @@ class Row(NamedTuple):
     source: str
     shard: str
     epoch: int
-    """Of the source, from 0."""
+    """Of the source, from 0; the whole passes' worth of draws before it, where sampling is with replacement."""
     key: str
+    caption: str = ""
+    """The chosen one, where captions were asked for."""
 
 
 def parse_steps(text: str) -> range:
@@ -42,7 +44,7 @@ def parse_steps(text: str) -> range:
     return steps
 
 
-def batch_rows(stream: Stream, step: int, *, ranks: int = 1, workers: int = 1) -> list[Row]:
+def batch_rows(stream: Stream, step: int, *, ranks: int = 1, workers: int = 1, captions: bool = False) -> list[Row]:
     """The global batch of a step, row by row. Reads no picture, so bad samples are not replaced.
 
     Raises:
@@ -53,28 +55,31 @@ def batch_rows(stream: Stream, step: int, *, ranks: int = 1, workers: int = 1) -
         raise DataError(f"data.batch_size {size} cannot be shared by {ranks} ranks: it must be a multiple of them")
     index = step - 1  # the stream counts updates made before, metrics.jsonl those made
     found: list[Row] = []
+    texts = stream.captions(index) if captions else [""] * size
     for row, place in enumerate(stream.order.batch(index)):
         source = stream.sources[place.source]
         shard = source.indexes[place.shard]
         rank, worker = row // (size // ranks), index % max(1, workers)
-        found.append(Row(step, row, rank, worker, source.name, shard.shard, place.epoch, shard.key(place.sample)))
+        epoch, key = stream.order.epoch(place), shard.key(place.sample)
+        found.append(Row(step, row, rank, worker, source.name, shard.shard, epoch, key, texts[row]))
     return found
 
 
-def listing(stream: Stream, steps: range, *, ranks: int, workers: int, batches_only: bool) -> Iterator[str]:
+def listing(
+    stream: Stream, steps: range, *, ranks: int, workers: int, batches_only: bool, captions: bool = False
+) -> Iterator[str]:
     """Lines of tab-separated columns, the first naming them."""
     if batches_only:
         yield "step\tbatch\tepoch\tfirst_key\tlast_key"
     else:
-        yield "step\tbatch\trow\trank\tworker\tsource\tepoch\tshard\tkey"
+        yield "step\tbatch\trow\trank\tworker\tsource\tepoch\tshard\tkey" + "\tcaption" * captions
     for step in steps:
-        rows = batch_rows(stream, step, ranks=ranks, workers=workers)
+        rows = batch_rows(stream, step, ranks=ranks, workers=workers, captions=captions)
         total = f"{digest((one.row for one in rows), (one.key for one in rows)):016x}"
         if batches_only:
-            epoch = step * stream.batch_size / stream.samples
+            epoch = stream.order.first(step) / stream.samples
             yield f"{step}\t{total}\t{epoch:.4f}\t{rows[0].key}\t{rows[-1].key}"
             continue
         for one in rows:
-            yield "\t".join(
-                map(str, (step, total, one.row, one.rank, one.worker, one.source, one.epoch, one.shard, one.key))
-            )
+            columns = [step, total, one.row, one.rank, one.worker, one.source, one.epoch, one.shard, one.key]
+            yield "\t".join(map(str, columns + [" ".join(one.caption.split())] * captions))

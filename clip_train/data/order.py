@@ -14,6 +14,9 @@ So every sample comes exactly once an epoch. Epoch follows epoch without a seam:
 With several sources, `share` says how many of the first n samples each has given, each source goes through
 its own epochs, and the rows of a batch are permuted so that sources are spread over its ranks.
 
+Sampling with replacement knows no epochs: sample number n of a source is number `mix(seed, DRAW, source, n)`
+modulo its samples (`Draws`).
+
 Every question is answered from a step number in O(batch + lanes) time and the memory of the windows in use;
 nothing of the size of the data set is ever built.
 """
@@ -23,26 +26,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_train.data.hashing import ROWS, SHARDS, WINDOW, permutation
+from clip_train.data.hashing import DRAW, ROWS, SHARDS, WINDOW, mix, permutation
 from clip_train.errors import DataError
 
 Ints = NDArray[np.int64]
 
 
 class Position(NamedTuple):
-    """One sample of the sequence: number of the source, of the shard in it, of the sample in that, and the
-    epoch.
-    """
+    """One sample of the sequence: number of the source, of the shard in it, of the sample in that, and the pass."""
 
     source: int
     shard: int
     sample: int
     epoch: int
+    """What tells this use of the sample from others of it: the epoch or, drawn with replacement, the number of the
+    draw."""
 
 
 class SourceOrder:
@@ -90,6 +93,30 @@ class SourceOrder:
             shard, sample = epoch.locate(lane, offset)
             found.append(Position(self.source, shard, sample, number))
         return found
+
+
+class Draws:
+    """The endless sequence of one source with replacement: each sample is drawn from all of them, alone.
+
+    Args:
+        counts: samples of each shard.
+        seed: the run's seed.
+        source: the number of this source.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, source: int) -> None:
+        self.counts: Ints = np.asarray(counts, dtype=np.int64)
+        self.samples = int(self.counts.sum())
+        self.seed, self.source = seed, source
+        self._ends = np.cumsum(self.counts)
+
+    def at(self, numbers: Ints) -> list[Position]:
+        """The samples with these numbers in the sequence."""
+        drawn = (mix(self.seed, DRAW, self.source, numbers) % np.uint64(self.samples)).astype(np.int64)
+        shards = np.searchsorted(self._ends, drawn, side="right")
+        samples = drawn - (self._ends - self.counts)[shards]
+        places = zip(shards.tolist(), samples.tolist(), numbers.tolist(), strict=True)
+        return [Position(self.source, *place) for place in places]
 
 
 class _Epoch:
@@ -148,6 +175,7 @@ class Order:
         seed: the run's seed.
         batch_size: samples in a global batch.
         lanes, window: see `SourceOrder`.
+        sampling: every sample once an epoch (`SourceOrder`), or each drawn from all (`Draws`).
 
     Raises:
         DataError: there are no samples, or fewer than a batch takes.
@@ -161,14 +189,22 @@ class Order:
         batch_size: int,
         lanes: int = 16,
         window: int = 8192,
+        sampling: Literal["epoch", "replacement"] = "epoch",
     ) -> None:
         self.sources = [
-            SourceOrder(counts, seed, number, lanes, window) for number, counts in enumerate(counts_by_source)
+            Draws(counts, seed, number)
+            if sampling == "replacement"
+            else SourceOrder(counts, seed, number, lanes, window)
+            for number, counts in enumerate(counts_by_source)
         ]
+        self.sampling: Literal["epoch", "replacement"] = sampling
+        self.origin: tuple[int, int] = (0, 0)
+        """A step and the number of the sample with which it begins. It moves where a run goes on with another batch
+        size (`--allow-changed`): step k begins with sample `origin[1] + (k - origin[0]) * batch_size`."""
         self.samples = sum(source.samples for source in self.sources)
         if self.samples == 0 or any(source.samples == 0 for source in self.sources):
             raise DataError("a source has no samples: name shards that hold some")
-        if batch_size > self.samples:
+        if batch_size > self.samples and sampling == "epoch":
             raise DataError(
                 f"data.batch_size is {batch_size}, but there are only {self.samples} samples: "
                 "a batch would hold a sample twice. Lower data.batch_size or add shards."
@@ -180,9 +216,25 @@ class Order:
         """The global batch of a step, counted from 0."""
         return self.rows(step, 0, self.batch_size)
 
+    def first(self, step: int) -> int:
+        """Samples that came before a step.
+
+        Raises:
+            DataError: the step lies before the origin: another batch size held then.
+        """
+        origin, samples = self.origin
+        if step < origin:
+            raise DataError(f"steps up to {origin} were made with other values: list them with the recipe of that time")
+        return samples + (step - origin) * self.batch_size
+
+    def epoch(self, position: Position) -> int:
+        """The pass over its source that a position belongs to."""
+        whole = self.sources[position.source].samples if self.sampling == "replacement" else 1
+        return position.epoch // whole
+
     def rows(self, step: int, start: int, stop: int) -> list[Position]:
         """Rows `start` to `stop` (exclusive) of the global batch of a step."""
-        first = step * self.batch_size
+        first = self.first(step)
         if len(self.sources) == 1:
             return self.sources[0].at(np.arange(first + start, first + stop))
         # Before they are permuted, the rows of a batch are those of the first source, then of the second, ...

@@ -38,9 +38,12 @@ class Prefetcher:
                 self._queue.put(one)
 
 
-def check_room(indexes: Sequence[ShardIndex], lanes: int, window: int) -> None:
+def check_room(indexes: Sequence[ShardIndex], lanes: int, window: int, everywhere: bool = False) -> None:
     """Stop where the cache cannot hold the shards of a source that are read at the same time: each would be fetched
     again and again.
+
+    Args:
+        everywhere: any shard may be read at any time (sampling with replacement).
 
     Raises:
         DataError: with the room that is needed.
@@ -51,12 +54,18 @@ def check_room(indexes: Sequence[ShardIndex], lanes: int, window: int) -> None:
     lanes = min(lanes, len(indexes))
     spanned = ceil(window * len(indexes) / sum(map(len, indexes))) + 1  # shards that a lane's window lies in
     shards = min(len(indexes), lanes * min(spanned, ceil(len(indexes) / lanes)))
+    if everywhere:
+        shards = len(indexes)
     needed = shards * max(one.size for one in indexes)
     if needed > cache.max_bytes:
         raise DataError(
             f"data.cache_gib = {cache.max_bytes / 2**30:.3g} does not hold the {shards} shards that are read at the "
-            f"same time ({lanes} lanes, windows of {window} samples): raise it to {needed / 2**30:.3g}, or lower "
-            "data.lanes or data.shuffle_window."
+            + (
+                f"same time (data.sampling = 'replacement'): raise it to {needed / 2**30:.3g}, or sample by epochs."
+                if everywhere
+                else f"same time ({lanes} lanes, windows of {window} samples): raise it to {needed / 2**30:.3g}, or "
+                "lower data.lanes or data.shuffle_window."
+            )
         )
 
 

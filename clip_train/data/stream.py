@@ -23,7 +23,7 @@ from clip_train.data.cache import Cache
 from clip_train.data.columns import BadSampleError, Column
 from clip_train.data.decode import DecodeError, Pixels, decode
 from clip_train.data.files import ShardFiles
-from clip_train.data.hashing import AUGMENT, CAPTION, SUBSTITUTE, mix, text_hash, uniform
+from clip_train.data.hashing import AUGMENT, CAPTION, SUBSTITUTE, TURN, mix, text_hash, uniform
 from clip_train.data.order import Order, Position
 from clip_train.data.prefetch import Prefetcher, check_room
 from clip_train.data.shards import ShardIndex, data_fingerprint, index_all, resolve
@@ -37,6 +37,9 @@ _AHEAD = 64
 """Steps before a shard is read that its transfer begins, where it lies elsewhere."""
 
 
+CaptionChoice = Literal["first", "random", "all"]
+
+
 @dataclass(frozen=True, eq=False)
 class SourceData:
     """The shards of one source, indexed, and where its columns are."""
@@ -45,8 +48,10 @@ class SourceData:
     indexes: list[ShardIndex]
     image: tuple[Column, ...]
     caption: tuple[Column, ...]
-    caption_choice: Literal["first", "random"]
+    caption_choice: CaptionChoice
     weight: float | None
+    augment: Augment | None = None
+    """Its own random views, in place of the shared ones."""
 
     @property
     def counts(self) -> list[int]:
@@ -59,8 +64,9 @@ def open_source(
     shards: str | list[str],
     image: str = "jpg;jpeg;png;webp",
     caption: str = "txt",
-    caption_choice: Literal["first", "random"] = "first",
+    caption_choice: CaptionChoice = "first",
     weight: float | None = None,
+    augment: Augment | None = None,
     relative_to: Path | None = None,
     cache: Cache | None = None,
     show: bool = False,
@@ -77,7 +83,7 @@ def open_source(
     indexes = index_all(resolve(shards, relative_to), cache, show)
     for number, one in enumerate(indexes):  # of shards that would have to be fetched for it, the first is read
         columns.check_columns(one, image=image, caption=caption, contents=number == 0 or one.at_hand())
-    return SourceData(name, indexes, columns.parse(image), columns.parse(caption), caption_choice, weight)
+    return SourceData(name, indexes, columns.parse(image), columns.parse(caption), caption_choice, weight, augment)
 
 
 class Stream(torch.utils.data.Dataset[Batch]):
@@ -86,10 +92,10 @@ class Stream(torch.utils.data.Dataset[Batch]):
     Args:
         sources: one or more sources. Their weights are all given, or none.
         tokenizer: anything with `encode_batch`.
-        augment: the random views; its `size` is the pictures' side.
+        augment: the random views of sources without their own; its `size` is the pictures' side.
         seed: all order and augmentation is a function of it.
         batch_size: samples in a global batch.
-        lanes, window: see `clip_train.data.order`.
+        lanes, window, sampling: see `clip_train.data.order`.
         rank, world: this process takes rows `[rank * b, (rank + 1) * b)`, `b = batch_size / world`.
         cache_decoded: keep decoded pictures in memory, in each process that reads: with `workers = w` this
             takes
@@ -110,6 +116,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         batch_size: int,
         lanes: int = 16,
         window: int = 8192,
+        sampling: Literal["epoch", "replacement"] = "epoch",
         rank: int = 0,
         world: int = 1,
         cache_decoded: bool = False,
@@ -122,11 +129,12 @@ class Stream(torch.utils.data.Dataset[Batch]):
             raise DataError(f"give every source a weight, or none: data.sources {without} has none")
         self.sources, self.tokenizer, self.augment = list(sources), tokenizer, augment
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
-        self.order = Order([source.counts for source in sources], weights or None, seed, batch_size, lanes, window)
+        counts = [source.counts for source in sources]
+        self.order = Order(counts, weights or None, seed, batch_size, lanes, window, sampling)
         self.fingerprint = data_fingerprint(one for source in sources for one in source.indexes)
         self._files = ShardFiles()
         for source in sources:
-            check_room(source.indexes, lanes, window)
+            check_room(source.indexes, lanes, window, everywhere=sampling == "replacement")
         self._remote = any(one.cache is not None for source in sources for one in source.indexes)
         self._prefetcher = Prefetcher()
         self._decoded: dict[tuple[int, int, int], Pixels] | None = {} if cache_decoded else None
@@ -157,13 +165,12 @@ class Stream(torch.utils.data.Dataset[Batch]):
             position, pixels, texts = self._usable(planned, skipped)
             if position != planned:
                 draws[row : row + 1], choices[row : row + 1] = self._draws([position])
-            images[row] = self.augment.crop(pixels, draws[row])
+            images[row] = self._augment(position).crop(pixels, draws[row])
             keys.append(self._index(position).key(position.sample))
-            first = self.sources[position.source].caption_choice == "first"
-            captions.append(texts[0 if first else int(choices[row]) % len(texts)])
+            captions.append(texts[int(choices[row]) % len(texts)])
         ids, lengths = self.tokenizer.encode_batch(captions)
         return Batch(
-            images=self.augment.batch(images, draws),
+            images=self._views(images, draws, positions),
             ids=torch.from_numpy(ids.astype(np.int32, copy=False)),
             lengths=torch.from_numpy(lengths.astype(np.int32, copy=False)),
             groups=groups(captions),
@@ -172,6 +179,34 @@ class Stream(torch.utils.data.Dataset[Batch]):
             sources=[self.sources[position.source].name for position in positions],
             skipped=skipped,
         )
+
+    def captions(self, step: int) -> list[str]:
+        """Captions of the whole global batch of a step; reads no picture, so bad samples are not replaced.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        positions, found = self.order.batch(step), list[str]()
+        for position, choice in zip(positions, self._draws(positions)[1].tolist(), strict=True):
+            try:
+                texts = self._captions(position)
+                found.append(texts[choice % len(texts)])
+            except BadSampleError as error:
+                found.append(f"({error})")
+        return found
+
+    def _augment(self, position: Position) -> Augment:
+        return self.sources[position.source].augment or self.augment
+
+    def _views(self, images: Tensor, draws: NDArray[np.float64], positions: Sequence[Position]) -> Tensor:
+        """What random views do to whole batches, for each source's view on its own rows."""
+        augments = [self._augment(position) for position in positions]
+        if all(augment is augments[0] for augment in augments):
+            return augments[0].batch(images, draws)
+        for augment in dict.fromkeys(augments):
+            rows = np.array([row for row, other in enumerate(augments) if other is augment])
+            images[torch.from_numpy(rows)] = augment.batch(images[torch.from_numpy(rows)], draws[rows])
+        return images
 
     def _usable(self, position: Position, skipped: list[BadSample]) -> tuple[Position, Pixels, list[str]]:
         """The sample at a position or, where it is bad, the first good one of its substitutes."""
@@ -221,7 +256,11 @@ class Stream(torch.utils.data.Dataset[Batch]):
         source, shard, sample, epoch = np.array(positions).T
         place = (source[:, None], shard[:, None], sample[:, None], epoch[:, None])
         views = uniform(self.seed, AUGMENT, *place, np.arange(DRAWS))
-        return views, mix(self.seed, CAPTION, source, shard, sample, epoch)
+        at_random = mix(self.seed, CAPTION, source, shard, sample, epoch)
+        # From a random one onwards, one after the other: n passes show each of n captions once.
+        in_turn = (mix(self.seed, TURN, source, shard, sample) >> np.uint64(32)) + epoch.astype(np.uint64)
+        rules = np.array([("first", "random", "all").index(one.caption_choice) for one in self.sources])[source]
+        return views, np.choose(rules, [np.zeros_like(at_random), at_random, in_turn])
 
 
 def groups(captions: Sequence[str]) -> Tensor:

@@ -42,7 +42,7 @@ def reference_epoch(counts: list[int], seed: int, source: int, epoch: int, lanes
             queue += [part[i] for i in reference_permutation(len(part), seed, 2, source, epoch, lane, number)]
         queues.append(queue)
     rounds = itertools.zip_longest(*queues)
-    return [Position(source, *one, epoch) for dealt in rounds for one in dealt if one is not None]
+    return [Position(source, one[0], one[1], epoch) for dealt in rounds for one in dealt if one is not None]
 
 
 def test_mix_is_splitmix64() -> None:
@@ -147,3 +147,34 @@ def test_a_hundred_million_samples_cost_nothing() -> None:
     # Pinned: the order of a run must not change from one version to the next.
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).hexdigest()
     assert digest == "e72e88c00dbf8540"
+
+
+def test_draws_with_replacement_by_hand() -> None:
+    """Number n is `mix(seed, 7, source, n)` modulo the samples; any batch size; every rank the same."""
+    counts = [[4, 1, 7], [5, 3]]
+    order = Order(counts, [1.0, 1.0], seed=9, batch_size=40, sampling="replacement")
+    begun = [0, 0]
+    for step in range(3):
+        batch = order.batch(step)
+        assert [order.rows(step, row, row + 10) for row in range(0, 40, 10)] == [
+            batch[i : i + 10] for i in range(0, 40, 10)
+        ]
+        for source in (0, 1):
+            found = sorted((p for p in batch if p.source == source), key=lambda p: p.epoch)
+            assert len(found) == 20
+            for number, place in enumerate(found, begun[source]):
+                drawn = reference_mix(9, 7, source, number) % sum(counts[source])
+                assert place.epoch == number and order.epoch(place) == number // sum(counts[source])
+                assert sum(counts[source][: place.shard]) + place.sample == drawn
+            begun[source] += 20
+
+
+def test_another_batch_size_goes_on_where_the_old_one_stopped() -> None:
+    arguments: tuple[list[list[int]], None, int] = ([[40, 7, 23]], None, 5)
+    small, large = Order(*arguments, 10, 4, 16), Order(*arguments, 15, 4, 16)
+    large.origin = (6, 60)
+    assert [p for step in range(6, 10) for p in large.batch(step)] == [
+        p for step in range(6, 12) for p in small.batch(step)
+    ]
+    with pytest.raises(DataError, match="steps up to 6"):
+        large.batch(5)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import metrics_of, run_cli
+from conftest import caption, metrics_of, run_cli
 
 from clip_train.cli import main
 from clip_train.data.inspect_order import parse_steps
@@ -75,6 +75,14 @@ def test_ranks_and_workers_share_the_same_batch(
             assert own == stream[step - 1].keys
     workers = dict(enumerate(Loader(_WhoAmI(), range(4), workers=3), 1))
     assert {int(row["step"]): int(row["worker"]) for row in shared} == workers
+
+
+def test_captions_are_listed(
+    recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = listed(capsys, str(write_recipe(recipe_tree)), "--steps", "2:3", "--captions")
+    assert len(rows) == 16
+    assert all(row["caption"] == caption(int(row["key"][1:])) for row in rows)
 
 
 class _WhoAmI:

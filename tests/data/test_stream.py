@@ -10,7 +10,7 @@ from tars import BytesTokenizer, write_tar
 
 from clip_train.data.batch import Batch
 from clip_train.data.loader import Loader
-from clip_train.data.stream import Stream, groups, open_source
+from clip_train.data.stream import CaptionChoice, Stream, groups, open_source
 from clip_train.data.transforms import Augment
 from clip_train.errors import DataError
 
@@ -70,9 +70,10 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
 ) -> None:
     """Keys, rows, ids, digests, and every pixel."""
     loaders = [Loader(stream(folder, rank=r, world=ranks), range(12), workers=workers) for r in range(ranks)]
-    for step, parts in enumerate(zip(*loaders, strict=True)):
+    steps = list(zip(*loaders, strict=True))
+    assert len(steps) == 12
+    for step, parts in enumerate(steps):
         same(joined(list(parts)), expected[step])
-    assert step == 11
 
 
 def test_resuming_elsewhere_gives_the_tail(folder: Path, expected: list[dict[str, object]]) -> None:
@@ -119,6 +120,65 @@ def test_captions_and_ids(folder: Path) -> None:
     for a in range(8):
         for b_ in range(8):
             assert (batch.groups[a] == batch.groups[b_]) == (chosen[a] == chosen[b_])
+
+
+def chosen(batch: Batch) -> list[tuple[str, str]]:
+    """Keys and captions, by `BytesTokenizer`."""
+    ids = batch.padded_ids(pad=0).tolist()
+    texts = [bytes(row[1 : n - 1]).decode() for row, n in zip(ids, batch.lengths.tolist(), strict=True)]
+    return list(zip(batch.keys, texts, strict=True))
+
+
+def with_choice(folder: Path, choice: CaptionChoice, **changes: object) -> Stream:
+    source = open_source("s", f"{folder}/*.tar", "png", "json.captions", choice)
+    return Stream([source], BytesTokenizer(), FULL, seed=1, batch_size=43, **changes)  # type: ignore[arg-type]
+
+
+def test_all_captions_come_in_turn(folder: Path) -> None:
+    """Three captions each: every three epochs, beginning anywhere, show each pair once."""
+    one = with_choice(folder, "all")
+    epochs = [chosen(one[step]) for step in range(5)]
+    every = sorted((f"s{n:03}", text) for n in range(43) for text in (caption(n), f"picture {n}", "a picture"))
+    for first in range(3):
+        assert sorted(pair for epoch in epochs[first : first + 3] for pair in epoch) == every
+    assert len({text == "a picture" for _, text in epochs[0]}) == 2, "samples begin with different ones"
+    first = with_choice(folder, "first")
+    assert sorted(chosen(first[1])) == sorted((f"s{n:03}", caption(n)) for n in range(43))
+
+
+@pytest.mark.parametrize("choice", ["first", "random", "all"])
+def test_captions_on_paper_are_those_of_the_batch(folder: Path, choice: CaptionChoice) -> None:
+    one = with_choice(folder, choice)
+    for step in (0, 3):
+        assert one.captions(step) == [text for _, text in chosen(one[step])]
+
+
+def test_drawn_with_replacement(folder: Path) -> None:
+    one = with_choice(folder, "random", sampling="replacement")
+    batches = [one[step] for step in range(6)]
+    keys = [key for batch in batches for key in batch.keys]
+    assert keys == [key for step in range(6) for key in one.keys(step)]
+    assert len(set(keys[:43])) < 40, "some came twice"
+    twice = next((a, b) for a in range(43) for b in range(a) if keys[a] == keys[b])
+    assert not torch.equal(batches[0].images[twice[0]], batches[0].images[twice[1]]), "each time in another view"
+    halves = [with_choice(folder, "random", sampling="replacement", rank=0, world=1)[5]]
+    same(joined(halves), joined([batches[5]]))
+
+
+def test_a_source_may_have_its_own_views(folder: Path) -> None:
+    """Its pixels are those of a stream that has this view for all, and the others' are untouched by it."""
+    plain = Augment(16, crop_scale=(1.0, 1.0))
+
+    def mixture(own: Augment | None, shared: Augment) -> Batch:
+        one = open_source("one", f"{folder}/0.tar", "png", "json.captions", augment=own)
+        two = open_source("two", f"{folder}/1.tar", "png", "json.captions")
+        return Stream([one, two], BytesTokenizer(), shared, seed=0, batch_size=16)[0]
+
+    found, all_plain, all_full = mixture(plain, FULL), mixture(None, plain), mixture(None, FULL)
+    assert set(found.sources) == {"one", "two"}
+    for row, name in enumerate(found.sources):
+        assert torch.equal(found.images[row], (all_plain if name == "one" else all_full).images[row])
+        assert not torch.equal(all_plain.images[row], all_full.images[row])
 
 
 def test_groups_ignore_case_and_space_only() -> None:
@@ -190,7 +250,7 @@ def test_bad_samples_are_replaced_counted_and_named(tmp_path: Path) -> None:
 
 
 def test_rubbish_stops_the_run(tmp_path: Path) -> None:
-    members = [(f"{n}.{e}", b"{}" if e == "json" else b"no") for n in range(40) for e in ("png",)]
+    members = [(f"{n}.{e}", b"no") for n in range(40) for e in ("png",)]
     members += [(f"{n}.txt", b"fine") for n in range(40)]
     write_tar(tmp_path / "x.tar", members)
     source = open_source("web", f"{tmp_path}/x.tar", "png", "txt")
@@ -221,5 +281,5 @@ def test_files_are_closed(tmp_path: Path) -> None:
     for step in range(30):
         one[step]
     assert open_files() <= before + 64
-    one._files.close()
+    one._files.close()  # pyright: ignore[reportPrivateUsage]
     assert open_files() <= before
