@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:  # pyright: ignore[reportPrivateUsage]
@@ -10,6 +11,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     step = commands.add_parser("step", help="a training step beside open_clip's own loop")
     add_step_arguments(step)
     step.set_defaults(run=run_step)
+
+    curves = commands.add_parser("curves", help="whole runs beside open_clip's: losses, seconds to equal accuracy")
+    add_curves_arguments(curves)
+    curves.set_defaults(run=run_curves)
 
     tokenizer = commands.add_parser(
         "tokenizer", help="encoding and training beside open_clip, transformers, tokenizers"
@@ -37,10 +42,31 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ours updates with the recipe's optimizer; otherwise with AdamW, which is what open_clip has",
     )
+    parser.add_argument("--compile", action="store_true", help="compile our blocks, and open_clip's model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
+    parser.add_argument("--png", type=Path, metavar="OUT.png", help="draw the table")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio is smaller")
+
+
+def add_curves_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default="quickstart", help="whose model, data, task (default quickstart)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--against", choices=["open_clip"], default="open_clip")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--parts", type=int, default=6, help="turns of each side; accuracy is measured after each")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW, where the recipe has another optimizer")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-curves"), metavar="DIR", help="JSON and PNG")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio is smaller")
+
+
+def run_curves(args: argparse.Namespace) -> int:
+    from clip_train.bench.curves import main
+
+    return main(args)
 
 
 def run_step(args: argparse.Namespace) -> int:

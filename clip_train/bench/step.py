@@ -1,279 +1,212 @@
-"""Our training step beside open_clip's own loop, `open_clip_train.train.train_one_epoch`.
+"""`clip-train bench step`: our training step beside open_clip's own loop, on the same batches, weights and precision.
 
-Same weights, data and precision on both sides.
-
-Both are given the same batches, decoded and tokenised beforehand, so that the step alone is timed: ours with captions
-trimmed (or padded with `--pad`), open_clip's padded to the cap as its tokenizer gives them. Before anything is timed,
-both losses on the same batch are compared in fp32.
+Batches are decoded and tokenised beforehand, so that the step alone is timed: ours with captions trimmed (or padded
+with `--pad`), open_clip's padded to the cap as its tokenizer gives them. Each side runs in a process of its own, in
+turn, and before anything is timed their losses on the same batch are compared in fp32.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from clip_train.bench.measure import conclude, interleave, machine, median_ratio
-from clip_train.build import build_model, build_objective, build_optimizer, build_stream, build_tokenizer
+from clip_train.bench.measure import conclude, machine, median_ratio
+from clip_train.bench.sides import EMBEDDED, OpenClipSide, OurSide, peer_inputs, with_adamw
+from clip_train.bench.worker import Worker, finish, interleave_workers, peak_memory, resident_bytes
+from clip_train.build import build_model, build_stream, build_tokenizer
 from clip_train.config import load_recipe
 from clip_train.config.load import set_values
-from clip_train.config.schema import AdamW, Recipe, ResNet, Timm, VisionTransformer
+from clip_train.config.schema import Recipe
 from clip_train.data.batch import Batch
-from clip_train.data.transforms import normalize
 from clip_train.errors import UserError
-from clip_train.export.open_clip_keys import to_open_clip
-from clip_train.models.flops import image_flops, text_flops
+from clip_train.evaluation.plots import LIGHT, png
+from clip_train.models.flops import forward_flops
 from clip_train.models.two_tower import TwoTower
-from clip_train.runtime.process import Process, launched
+from clip_train.runtime.process import launched
 from clip_train.training.metrics import measured_peak_flops
-from clip_train.training.update import Inputs, train_step
 from tokenizer import BPETokenizer
+
+GIB = 2**30
+LR = 1e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    tokens: float
+    samples_per_second: float
+    seconds_per_step: float
+    share_of_peak: float
+    memory: int
+    """Bytes, at most."""
 
 
 def main(args: argparse.Namespace) -> int:
     """Compare, time, print one table and the ratio."""
     console = Console(highlight=False)
-    overrides = list(args.overrides)
-    if args.embedded:
-        overrides += EMBEDDED
-    recipe = load_recipe(args.recipe, overrides)
-    if not args.own_optimizer and not isinstance(recipe.optimizer, AdamW):
-        adamw = [f"optimizer.{key}={getattr(recipe.optimizer, key)}" for key in AdamW.model_fields if key != "kind"]
-        recipe = set_values(recipe, ["optimizer.kind=adamw", *adamw])
-    if args.device == "cpu":
-        torch.cuda.is_available = lambda: False
-    with launched(recipe.training.precision) as process:
-        tokenizer = build_tokenizer(recipe)
-        torch.manual_seed(0)
-        model = build_model(recipe, tokenizer).to(process.device)
-        peer = open_clip_model(recipe, tokenizer, model).to(process.device)
-        stream = build_stream(recipe, tokenizer)
-        batches = [stream[step] for step in range(args.steps)]
+    recipe = load_recipe(args.recipe, [*args.overrides, *(EMBEDDED if args.embedded else [])])
+    if not args.own_optimizer:
+        recipe = with_adamw(recipe)
+    if args.compile:
+        recipe = set_values(recipe, ["training.compile=true"])
+    device = torch.device(args.device)
+    with ExitStack() as stack:
+        ours = stack.enter_context(Worker(our_side, recipe, args.steps, args.pad, device=args.device))
+        theirs = stack.enter_context(Worker(open_clip_side, recipe, args.steps, args.device, device=args.device))
         with console.status("comparing losses"):
-            check_equal_losses(recipe, model, peer, batches[0], tokenizer, process)
-        ours = OurSide(recipe, model, tokenizer, process, batches, pad=args.pad)
-        theirs = OpenClipSide(recipe, peer, tokenizer, process, batches)
+            ours.ready()
+            theirs.ready()
+            check_equal_losses(ours.call("loss"), theirs.call("loss"))
         with console.status("timing"):
-            times = interleave(
-                {"open_clip": theirs.run, "clip-train": ours.run}, rounds=args.rounds, device=process.device
-            )
-        peak = measured_peak_flops(process.device, recipe.training.precision, seconds=1.0)
-
-    samples = sum(len(batch) for batch in batches)
-    tokens = sum(int(batch.lengths.sum()) for batch in batches) / samples
-    cap = tokenizer.context_length
-    table = Table(title=f"training step, {recipe.name}, batch {recipe.data.batch_size}, {recipe.training.precision}")
-    for column in ("", "tokens a caption", "samples/s", "ms/step", "share of GEMM peak"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, length in (("open_clip", float(cap)), ("clip-train", float(cap) if args.pad else tokens)):
+            times = interleave_workers({"open_clip": theirs, "clip-train": ours}, rounds=args.rounds)
+        memory = {"open_clip": theirs.call("memory"), "clip-train": ours.call("memory")}
+        samples, captions = ours.call("samples"), ours.call("tokens")
+    peak = measured_peak_flops(device, recipe.training.precision, seconds=1.0)
+    tokenizer = build_tokenizer(recipe)
+    with torch.device("meta"):
+        model = build_model(recipe, tokenizer)
+    cap = float(tokenizer.context_length)
+    rows: list[Row] = []
+    for name, tokens in (("open_clip", cap), ("clip-train", cap if args.pad else captions / samples)):
         rate = samples / times[name].median
-        flops = 3 * (image_flops(model.image) + text_flops(model.text, length))
-        table.add_row(
-            name,
-            f"{length:.1f}",
-            f"{rate:,.1f}",
-            f"{1000 * times[name].median / len(batches):,.1f}",
-            f"{100 * flops * rate / peak:.1f} %",
-        )
-    console.print(table)
-    console.print(f"{machine(process.device)}; measured peak {peak / 1e12:.2f} TFLOP/s; median of {args.rounds} rounds")
-    return conclude(median_ratio(times["open_clip"], times["clip-train"]), args.bar, console)
+        # Each side's own work: open_clip computes every token of the last block too.
+        flops = 3 * forward_flops(model, tokens, pooled_only=name == "clip-train").total
+        row = Row(name, tokens, rate, times[name].median / args.steps, flops * rate / peak, memory[name])
+        rows.append(row)
+    title = f"training step, {recipe.name}, batch {recipe.data.batch_size}, {recipe.training.precision}"
+    title += ", compiled" if recipe.training.compile else ""
+    note = f"{machine(device)}; measured peak {peak / 1e12:.2f} TFLOP/s; median of {args.rounds} rounds"
+    console.print(table(rows, title, device))
+    console.print(note)
+    ratio = median_ratio(times["open_clip"], times["clip-train"])
+    if args.png:
+        args.png.write_bytes(png(chart(rows, title, note, ratio), LIGHT))
+    return conclude(ratio, args.bar, console)
 
 
-EMBEDDED = [
-    "data.sources={pictograms={shards='embedded:pictograms/train-*.tar', image='webp', caption='json.captions'}}",
-    "data.sources.pictograms.caption_choice=random",
-    "data.workers=0",
-]
-
-
-def open_clip_model(recipe: Recipe, tokenizer: BPETokenizer, model: TwoTower) -> Any:
-    """open_clip's model of the same recipe, with our weights."""
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
-    text = recipe.text
-    if text.attention != "causal" or text.pool != "eot":
-        raise UserError("open_clip's native text tower is causal with EOT pooling: compare such a recipe")
-    image = recipe.image
-    match image:
-        case VisionTransformer():
-            vision = CLIPVisionCfg(
-                image_size=image.image_size, patch_size=image.patch_size, width=image.width, layers=image.layers,
-                head_width=image.width // image.heads, mlp_ratio=image.mlp_ratio,
-            )  # fmt: skip
-        case ResNet():
-            vision = CLIPVisionCfg(
-                image_size=image.image_size, layers=image.layers, width=image.width,
-                head_width=image.width * 32 // image.heads,
-            )  # fmt: skip
-        case Timm():
-            if image.arguments:
-                raise UserError("open_clip cannot pass image.arguments to timm: compare a recipe without")
-            vision = CLIPVisionCfg(
-                timm_model_name=image.name, timm_pool="", timm_proj="linear", image_size=image.image_size
-            )
-    quick = text.activation == "quick_gelu"
-    peer = CLIP(
-        embed_dim=recipe.model.embed_dim,
-        vision_cfg=vision,
-        text_cfg=CLIPTextCfg(
-            context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size, width=text.width,
-            heads=text.heads, layers=text.layers, mlp_ratio=text.mlp_ratio,
-        ),
-        quick_gelu=quick,
-        output_dict=True,
-    )  # fmt: skip
-    peer.load_state_dict(to_open_clip(model.state_dict()), strict=True)
-    return peer
-
-
-def peer_inputs(recipe: Recipe, batch: Batch, tokenizer: BPETokenizer) -> tuple[Tensor, Tensor]:
-    """What open_clip's loader would give: normalised fp32 pictures, ids padded with 0 to the cap."""
-    look = recipe.preprocess
-    ids = torch.zeros(len(batch), tokenizer.context_length, dtype=torch.int64)
-    padded = batch.padded_ids(0)
-    ids[:, : padded.shape[1]] = padded
-    # open_clip finds EOT as the largest id.
-    assert bool((ids.argmax(dim=1) + 1 == batch.lengths).all()), "EOT is not the largest id of a caption"
-    return normalize(batch.images, look.mean, look.std), ids
-
-
-def check_equal_losses(
-    recipe: Recipe, model: TwoTower, peer: Any, batch: Batch, tokenizer: BPETokenizer, process: Process
-) -> None:
+def check_equal_losses(ours: float, theirs: float) -> None:
     """Both sides compute the same plain InfoNCE in fp32, or there is nothing to compare."""
-    from open_clip.loss import ClipLoss
-
-    objective = replace(build_objective(recipe), equal_captions_positive=False)
-    images, ids = (tensor.to(process.device) for tensor in peer_inputs(recipe, batch, tokenizer))
-    model.train()
-    peer.train()
-    from clip_train.objectives.base import Features
-
-    # BatchNorm's statistics must not drift apart: both see this batch once, in training mode.
-    with torch.no_grad():
-        image, text, scale = model(images, ids, batch.lengths.long())
-        ours = float(objective.loss(Features.local(image, text), scale).total)
-        theirs = float(ClipLoss()(**peer(images, ids)))
     if abs(ours - theirs) > 1e-4 * abs(theirs):
         raise UserError(f"the two losses differ before any training: ours {ours:.6f}, open_clip's {theirs:.6f}")
 
 
-@dataclass
-class OurSide:
-    """`train_step` on the batches, with everything the trainer does to them on the device."""
-
-    recipe: Recipe
-    model: TwoTower
-    tokenizer: BPETokenizer
-    process: Process
-    batches: list[Batch]
-    pad: bool
-
-    def __post_init__(self) -> None:
-        self.optimizer = build_optimizer(self.recipe, self.model)
-        self.objective = replace(build_objective(self.recipe), equal_captions_positive=False)
-        self.model.train()
-
-    def run(self) -> None:
-        look, device = self.recipe.preprocess, self.process.device
-        for number, batch in enumerate(self.batches):
-            ids, lengths = batch.padded_ids(self.tokenizer.pad), batch.lengths.long()
-            if self.pad:
-                cap = self.tokenizer.context_length
-                ids = torch.nn.functional.pad(ids, (0, cap - ids.shape[1]), value=self.tokenizer.pad)
-                lengths = torch.full_like(lengths, cap)
-            train_step(
-                self.model,
-                self.objective,
-                self.optimizer,
-                Inputs(
-                    images=normalize(batch.images.to(device), look.mean, look.std),
-                    ids=ids.to(device),
-                    lengths=lengths,
-                    groups=batch.groups.to(device),
-                ),
-                self.process,
-                step=number,
-                seed=0,
-                lr=1e-5,
-                micro_batch=None,
-                gradient_clip=self.recipe.training.gradient_clip,
-            )
-            self.model.clamp_logit_scale_()
-
-
-class OpenClipSide:
-    """open_clip's `train_one_epoch` with its own optimizer groups over the same batches."""
-
-    def __init__(
-        self, recipe: Recipe, peer: Any, tokenizer: BPETokenizer, process: Process, batches: list[Batch]
-    ) -> None:
-        from open_clip.loss import ClipLoss
-
-        self._model, self._loss = peer, ClipLoss(local_loss=True, gather_with_grad=True)
-        inputs = [peer_inputs(recipe, batch, tokenizer) for batch in batches]
-        self._data = {"train": _Data(_Loader(inputs))}
-        config = recipe.optimizer  # with --own-optimizer theirs is AdamW all the same: open_clip has no other
-        named = list(peer.named_parameters())
-        # open_clip_train.main's rule for weight decay.
-        plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
-        rest = [p for p in peer.parameters() if all(p is not q for q in plain)]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": config.weight_decay}],
-            lr=1e-5, betas=(config.beta1, config.beta2), eps=config.eps,
-        )  # fmt: skip
-        precision = {"bf16": "amp_bf16", "fp32": "fp32", "fp16": "amp"}[recipe.training.precision]
-        # What its loop reads of its command line.
-        self._args = SimpleNamespace(
-            device=str(process.device),
-            precision=precision,
-            batch_size=recipe.data.batch_size,
-            grad_clip_norm=recipe.training.gradient_clip,
-            accum_freq=1,
-            log_every_n_steps=10**9,
-            rank=0,
-            local_rank=0,
-            world_size=1,
-            distill=False,
-            skip_scheduler=True,
-            horovod=False,
-            wandb=False,
-            distributed=False,
-            local=False,
+def table(rows: list[Row], title: str, device: torch.device) -> Table:
+    """The figures of both sides."""
+    made = Table(title=title)
+    memory = "GPU memory" if device.type == "cuda" else "memory"
+    for column in ("", "tokens a caption", "samples/s", "ms/step", "share of GEMM peak", f"{memory}, GiB"):
+        made.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        made.add_row(
+            row.name,
+            f"{row.tokens:.1f}",
+            f"{row.samples_per_second:,.1f}",
+            f"{1000 * row.seconds_per_step:,.1f}",
+            f"{100 * row.share_of_peak:.1f} %",
+            f"{row.memory / GIB:.2f}",
         )
-        self._scaler = torch.amp.GradScaler() if recipe.training.precision == "fp16" else None  # pyright: ignore[reportPrivateImportUsage]
-        logging.getLogger().setLevel(logging.WARNING)
-
-    def run(self) -> None:
-        from open_clip_train.train import train_one_epoch
-
-        train_one_epoch(self._model, self._data, self._loss, 0, self._optimizer, self._scaler, None, None, self._args)
+    return made
 
 
-class _Loader:
-    """As much of open_clip's loader as its loop reads."""
+def chart(rows: list[Row], title: str, note: str, ratio: float) -> Figure:
+    """Three pairs of bars: speed, share of the peak, memory."""
+    figure = Figure(figsize=(9.8, 2.6), layout="constrained")
+    figure.suptitle(f"{title}: {ratio:.2f} ×", color=LIGHT.ink, fontweight="bold", fontsize=11)
+    figure.supxlabel(note, color=LIGHT.muted, fontsize=7)
+    names = [row.name for row in rows]
+    for place, (label, values, form) in enumerate(
+        (
+            ("samples/s", [row.samples_per_second for row in rows], "{:,.1f}"),
+            ("share of GEMM peak, %", [100 * row.share_of_peak for row in rows], "{:.0f}"),
+            ("memory, GiB", [row.memory / GIB for row in rows], "{:.2f}"),
+        ),
+        start=1,
+    ):
+        axes = figure.add_subplot(1, 3, place)
+        bars = axes.barh(names, values, color=[LIGHT.chance, LIGHT.model], height=0.6)
+        axes.bar_label(bars, [form.format(value) for value in values], padding=3, color=LIGHT.ink, fontsize=9)
+        axes.set_title(label, fontsize=9, color=LIGHT.muted, loc="left")
+        axes.set_xlim(0, 1.25 * max(values))
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.set_xticks([])
+        axes.tick_params(left=False, labelsize=9, labelcolor=LIGHT.ink)
+        if place > 1:
+            axes.set_yticklabels([])
+    return figure
 
-    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        self._batches = batches
-        self.num_batches = len(batches)
-        self.num_samples = sum(len(images) for images, _ in batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._batches)
+class _Ours:
+    def __init__(self, side: OurSide, batches: list[Batch], before: int) -> None:
+        self._side, self._batches, self._before = side, batches, before
+
+    def loss(self) -> float:
+        return self._side.loss(self._batches[0])
+
+    def run(self) -> float:
+        start = finish(self._side.process.device)
+        for step, batch in enumerate(self._batches):
+            self._side.update(batch, step, LR)
+        return finish(self._side.process.device) - start
+
+    def memory(self) -> int:
+        return peak_memory(self._side.process.device, self._before)
+
+    def samples(self) -> int:
+        return sum(len(batch) for batch in self._batches)
+
+    def tokens(self) -> int:
+        return sum(int(batch.lengths.sum()) for batch in self._batches)
 
 
-@dataclass
-class _Data:
-    dataloader: _Loader
+class _Theirs:
+    def __init__(self, side: OpenClipSide, batches: list[Batch], before: int) -> None:
+        self._side, self._first, self._before = side, batches[0], before
+        self._inputs = [peer_inputs(side.recipe, batch, side.tokenizer) for batch in batches]
 
-    def set_epoch(self, epoch: int) -> None:
-        """The batches are the same in every epoch."""
+    def loss(self) -> float:
+        return self._side.loss(self._first)
+
+    def run(self) -> float:
+        start = finish(self._side.device)
+        self._side.train(self._inputs, 0)
+        return finish(self._side.device) - start
+
+    def memory(self) -> int:
+        return peak_memory(self._side.device, self._before)
+
+
+@contextmanager
+def our_side(recipe: Recipe, steps: int, pad: bool) -> Generator[_Ours]:
+    """For a worker."""
+    with launched(recipe.training.precision) as process:
+        before = resident_bytes("VmRSS")
+        model, tokenizer, batches = begin(recipe, steps)
+        yield _Ours(OurSide(recipe, model, tokenizer, process, pad), batches, before)
+
+
+@contextmanager
+def open_clip_side(recipe: Recipe, steps: int, device: str) -> Generator[_Theirs]:
+    """For a worker."""
+    before = resident_bytes("VmRSS")
+    model, tokenizer, batches = begin(recipe, steps)
+    side = OpenClipSide(recipe, model, tokenizer, torch.device(device), lr=LR)
+    del model  # its weights were copied
+    yield _Theirs(side, batches, before)
+
+
+def begin(recipe: Recipe, steps: int) -> tuple[TwoTower, BPETokenizer, list[Batch]]:
+    """The weights both sides start from, and their batches."""
+    tokenizer = build_tokenizer(recipe)
+    torch.manual_seed(recipe.training.seed)
+    model = build_model(recipe, tokenizer)
+    stream = build_stream(recipe, tokenizer)
+    return model, tokenizer, [stream[step] for step in range(steps)]
