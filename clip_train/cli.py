@@ -96,6 +96,26 @@ def build_parser() -> argparse.ArgumentParser:
     consolidate.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     consolidate.set_defaults(run=run_consolidate)
 
+    embed = commands.add_parser("embed", help="embeddings of shards, resumable, on all processes")
+    embed.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
+    embed.add_argument("shards", help="path, braces, glob or embedded:…")
+    embed.add_argument("out", type=Path, help="folder; a run that was cut goes on where it is given again")
+    embed.add_argument("--image", default="jpg;jpeg;png;webp", help="member that holds the picture")
+    embed.add_argument("--caption", default="txt", help="member or json.FIELD; 'none' embeds pictures alone")
+    embed.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="numbers on disk")
+    embed.add_argument("--batch-size", type=int, default=256)
+    embed.add_argument("--workers", type=int, default=0)
+    embed.set_defaults(run=run_embed)
+
+    search = commands.add_parser("search", help="exact search in embeddings, by captions or pictures")
+    search.add_argument("embeddings", type=Path, help="what clip-train embed wrote")
+    search.add_argument("checkpoint", type=Path, help="the model that wrote it")
+    search.add_argument("query", nargs="+", help="captions, or paths of pictures")
+    search.add_argument("--among", choices=["images", "captions"], default="images")
+    search.add_argument("--count", type=int, default=12)
+    search.add_argument("--page", type=Path, metavar="HTML", help="default: search.html beside the embeddings")
+    search.set_defaults(run=run_search)
+
     report = commands.add_parser("report", help="write report.html and PNGs into a run folder")
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=run_report)
@@ -190,6 +210,40 @@ def run_consolidate(args: argparse.Namespace) -> int:
     from clip_train.training.checkpoint import consolidate
 
     console.print(f"{consolidate(args.checkpoint, args.out)} → {args.out}", soft_wrap=True)
+    return 0
+
+
+def run_embed(args: argparse.Namespace) -> int:
+    from clip_train.launch import run_embedding
+
+    return run_embedding(
+        args.checkpoint, [args.shards], args.out, image=args.image,
+        caption=None if args.caption == "none" else args.caption, dtype=args.dtype, batch_size=args.batch_size,
+        workers=args.workers, console=console,
+    )  # fmt: skip
+
+
+def run_search(args: argparse.Namespace) -> int:
+    import numpy as np
+    from PIL import Image
+
+    from clip_train.evaluation.search import search, write_page
+    from clip_train.loading import load
+
+    loaded = load(args.checkpoint)
+    queries = [
+        loaded.encode_image(Image.open(query)) if Path(query).is_file() else loaded.encode_text(query)
+        for query in args.query
+    ]
+    found = search(args.embeddings, np.concatenate([one.numpy() for one in queries]), args.count, args.among)
+    for query, hits in zip(args.query, found, strict=True):
+        console.print(f"[bold]{query}[/]", soft_wrap=True)
+        for hit in hits:
+            console.print(f"  {hit.cosine:.3f}  {hit.key}  {hit.caption}", markup=False, soft_wrap=True)
+    page = args.page or args.embeddings / "search.html"
+    for note in write_page(args.embeddings, args.query, found, page):
+        console.print(note, soft_wrap=True)
+    console.print(f"page: {page}", soft_wrap=True)
     return 0
 
 

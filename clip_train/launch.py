@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clip_train.build import build_preprocess
 from clip_train.config.load import set_values
 from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError, ConfigError
+from clip_train.evaluation.embed import embed
 from clip_train.evaluation.run import evaluate
 from clip_train.loading import LoadedModel, load_checkpoint
 from clip_train.models.two_tower import TwoTower
@@ -89,6 +92,38 @@ def evaluate_loaded(loaded: LoadedModel, out: Path, process: Process, console: C
         gather=collectives.gather_objects,
         console=console if process.is_main else None,
     )
+
+
+def run_embedding(
+    path: Path, shards: Sequence[str], out: Path, *, image: str, caption: str | None, dtype: str, batch_size: int,
+    workers: int, console: Console,
+) -> int:  # fmt: skip
+    """Embed shards with a checkpoint, on all processes."""
+    loaded = load_checkpoint(read_checkpoint(path))
+    with launched("fp32" if not torch.cuda.is_available() else loaded.recipe.training.precision) as process:
+        loaded.model.to(process.device)
+        with Progress(
+            TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"), console=console, transient=True, disable=not process.is_main,
+        ) as progress:  # fmt: skip
+            bar, began, samples = progress.add_task("", total=None, rate=""), time.monotonic(), 0
+
+            def advance(done: int, left: int) -> None:
+                nonlocal samples
+                samples += done
+                rate = samples / (time.monotonic() - began)
+                shown = f"{rate * process.world:,.0f} samples/s"
+                progress.update(bar, advance=1, total=progress.tasks[0].completed + 1 + left, rate=shown)
+
+            count = embed(
+                loaded, shards, out, image=image, caption=caption, batch_size=batch_size, workers=workers,
+                precision=process.precision, dtype=dtype, rank=process.rank, world=process.world, advance=advance,
+            )  # fmt: skip
+        process.barrier()
+        total = sum(collectives.gather_objects(count))
+        if process.is_main:
+            console.print(f"{out}: {total:,} samples embedded in {time.monotonic() - began:.0f} s", soft_wrap=True)
+    return 0
 
 
 def run_evaluation(path: Path, overrides: Sequence[str], out: Path | None, console: Console) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clip_train.data import columns
+from clip_train.data.batch import BadSample
 from clip_train.data.columns import BadSampleError
 from clip_train.data.decode import DecodeError, decode
 from clip_train.data.files import ShardFiles
@@ -31,6 +32,8 @@ class EvalBatch:
     keys: list[str]
     numbers: Tensor
     """(b,) int64, place of each in the whole set: to put what ranks computed back in order."""
+    skipped: list[BadSample]
+    """Samples left out, where that was asked for."""
 
 
 class EvalSet:
@@ -47,6 +50,7 @@ class EvalSet:
         batch_size: int,
         rank: int,
         world: int,
+        skip_bad: bool = False,
     ) -> None:
         for one in indexes:
             columns.check_columns(one, image=image, caption=caption, label=label)
@@ -56,7 +60,7 @@ class EvalSet:
         self.image = columns.parse(image)
         self.label = columns.parse(label) if label else None
         self.caption = columns.parse(caption) if caption else None
-        self.files = ShardFiles()
+        self.files, self.skip_bad = ShardFiles(), skip_bad
 
     def __len__(self) -> int:
         return -(-len(self.own) // self.batch_size)
@@ -67,22 +71,33 @@ class EvalSet:
         labels: list[int | str] = []
         captions: list[list[str]] = []
         keys: list[str] = []
-        for row, place in enumerate(own):
+        numbers: list[int] = []
+        skipped: list[BadSample] = []
+        for place in own:
             one, sample = self.places[place]
-            keys.append(one.key(sample))
             try:
-                images[row] = self.preprocess.pixels(decode(columns.read(self.files, one, sample, self.image)[1]))
-                if self.label:
-                    labels.append(columns.read_label(*columns.read(self.files, one, sample, self.label)))
-                if self.caption:
-                    captions.append(columns.read_captions(*columns.read(self.files, one, sample, self.caption)))
+                pixels = self.preprocess.pixels(decode(columns.read(self.files, one, sample, self.image)[1]))
+                label = columns.read_label(*columns.read(self.files, one, sample, self.label)) if self.label else None
+                texts = (
+                    columns.read_captions(*columns.read(self.files, one, sample, self.caption)) if self.caption else []
+                )
             except (BadSampleError, DecodeError) as error:
+                if self.skip_bad:
+                    skipped.append(BadSample(one.shard, one.key(sample), str(error)))
+                    continue
                 raise DataError(
                     f"{one.shard}: sample {one.key(sample)!r} cannot be evaluated: {error}. A score over "
                     "part of a "
                     "set would mean something else: mend the shard or take the sample out."
                 ) from error
-        return EvalBatch(images, labels, captions, keys, torch.tensor(list(own), dtype=torch.int64))
+            images[len(keys)] = pixels
+            keys.append(one.key(sample))
+            numbers.append(place)
+            if label is not None:
+                labels.append(label)
+            if self.caption:
+                captions.append(texts)
+        return EvalBatch(images[: len(keys)], labels, captions, keys, torch.tensor(numbers, dtype=torch.int64), skipped)
 
 
 def read_samples(
@@ -96,6 +111,7 @@ def read_samples(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    skip_bad: bool = False,
 ) -> Loader[EvalBatch]:
     """Iterate over an evaluation set in the order of its shards.
 
@@ -106,6 +122,7 @@ def read_samples(
         batch_size: samples in a batch; the last may be smaller.
         rank, world: this process reads samples `rank, rank + world, …`.
         workers: reading processes.
+        skip_bad: leave out samples that cannot be read, and name them in `skipped`.
 
     Raises:
         DataError: a column that is not there; while iterating, a sample that cannot be read.
@@ -119,6 +136,7 @@ def read_samples(
         batch_size=batch_size,
         rank=rank,
         world=world,
+        skip_bad=skip_bad,
     )
     return Loader(
         samples,
