@@ -8,6 +8,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
+from clip_train.config import schema
 from clip_train.config.schema import (
     DDP,
     AdamW,
@@ -34,6 +35,7 @@ from clip_train.models.text import TextTransformer
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer as VisionTransformerTower
 from clip_train.objectives.contrastive import InfoNCE
+from clip_train.objectives.sigmoid import Sigmoid
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import Replicated, Sharded, parallelize
 from clip_train.runtime.process import Process
@@ -78,6 +80,7 @@ def build_model(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower:
             ),
             embed_dim=recipe.model.embed_dim,
             init_temperature=recipe.model.init_temperature,
+            init_logit_bias=recipe.loss.init_logit_bias if isinstance(recipe.loss, schema.Sigmoid) else None,
             max_logit_scale=recipe.model.max_logit_scale,
         )
     except ValueError as error:
@@ -99,9 +102,16 @@ def build_image_tower(recipe: Recipe) -> Tower:
             assert_never(image)
 
 
-def build_objective(recipe: Recipe) -> InfoNCE:
+def build_objective(recipe: Recipe) -> InfoNCE | Sigmoid:
     """The loss."""
-    return InfoNCE(**recipe.loss.model_dump(exclude={"kind"}))
+    config = recipe.loss
+    match config:
+        case schema.InfoNCE():
+            return InfoNCE(**config.model_dump(exclude={"kind"}))
+        case schema.Sigmoid():
+            return Sigmoid(**config.model_dump(exclude={"kind", "init_logit_bias"}))
+        case _:
+            assert_never(config)
 
 
 def build_parallel(recipe: Recipe, model: TwoTower, process: Process) -> nn.Module:

@@ -201,6 +201,22 @@ class InfoNCE(Section):
     kind: Literal["infonce"] = "infonce"
     equal_captions_positive: bool = False
     """Pairs of a batch whose captions are equal are positives of each other. For clip art; not for web data."""
+    impl: Literal["auto", "dense", "tiled"] = "auto"
+    """How it is computed. `dense` holds all logits of a process, `tiled` only a few rows of them at a time; the result
+    is the same. `auto` tiles where the logits are many."""
+
+
+class Sigmoid(Section):
+    """SigLIP's loss: every pair of a picture and a caption is a question of its own, yes or no."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    equal_captions_positive: bool = False
+    """As for `infonce`."""
+    impl: Literal["auto", "dense", "tiled"] = "auto"
+    """As for `infonce`."""
+    init_logit_bias: float = -10.0
+    """Where the learned bias of the logits starts: most pairs do not belong together. SigLIP starts at -10, with
+    `model.init_temperature = 0.1`."""
 
 
 class AdamW(Section):
@@ -385,7 +401,7 @@ class Recipe(Section):
     image: Annotated[VisionTransformer | ResNet | Timm, Field(discriminator="kind")]
     text: TextTransformer = TextTransformer()
     model: Joint = Joint()
-    loss: InfoNCE = InfoNCE()
+    loss: Annotated[InfoNCE | Sigmoid, Field(discriminator="kind")] = InfoNCE()
     optimizer: Annotated[AdamW | Muon, Field(discriminator="kind")]
     schedule: Annotated[Cosine | Constant | ConstantCooldown, Field(discriminator="kind")] = Cosine()
     training: Training

@@ -23,6 +23,7 @@ _BLOCK = [
 ]
 _TEXT = [
     ("logit_scale", "logit_scale"),
+    ("logit_bias", "logit_bias"),
     ("text.token_embedding.weight", "token_embedding.weight"),
     ("text.positional_embedding", "positional_embedding"),
     *((f"text.blocks.#.{ours}", f"transformer.resblocks.#.{theirs}") for ours, theirs in _BLOCK),

@@ -19,6 +19,7 @@ class TwoTower(nn.Module):
 
     Args:
         init_temperature: `logit_scale` starts at the log of its inverse.
+        init_logit_bias: where `logit_bias` starts, which exists only then: for losses that add a bias to the logits.
         max_logit_scale: what `clamp_logit_scale_` clamps `exp(logit_scale)` to.
     """
 
@@ -29,6 +30,7 @@ class TwoTower(nn.Module):
         embed_dim: int,
         *,
         init_temperature: float = 0.07,
+        init_logit_bias: float | None = None,
         max_logit_scale: float = 100.0,
     ) -> None:
         super().__init__()
@@ -36,6 +38,7 @@ class TwoTower(nn.Module):
         self.image_projection = _projection(image, embed_dim)
         self.text_projection = _projection(text, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / init_temperature)))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
         self.max_logit_scale = max_logit_scale
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
@@ -48,12 +51,14 @@ class TwoTower(nn.Module):
         output: TowerOutput = self.text(ids, lengths, pooled_only=True)
         return _finish(self.text_projection(output.pooled), normalize)
 
-    def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit image features `(B, D)`, unit text features `(B, D)`, and `exp(logit_scale)`, all fp32.
+    def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Unit image features `(B, D)`, unit text features `(B, D)`, `exp(logit_scale)`, and `logit_bias` where there
+        is one, all fp32.
 
         One call holds every parameter, as data-parallel wrapping requires.
         """
-        return self.encode_image(images), self.encode_text(ids, lengths), self.logit_scale.exp()
+        scalars = [self.logit_scale.exp()] + ([] if self.logit_bias is None else [self.logit_bias])
+        return self.encode_image(images), self.encode_text(ids, lengths), *scalars
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:

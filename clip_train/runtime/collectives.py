@@ -56,6 +56,24 @@ def first_row(rows: Tensor) -> int:
     return rank() * rows.shape[0]
 
 
+def sum_of(values: Tensor) -> Tensor:
+    """Elementwise sum over processes of a tensor of one shape; not differentiable."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def max_of(values: Tensor) -> Tensor:
+    """Elementwise maximum over processes; not differentiable."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if world_size() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values, op=op)
+    return values
+
+
 def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
     """Elementwise sum, in fp64 (fp32 where the device has no fp64)."""
     if world_size() == 1:

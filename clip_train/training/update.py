@@ -10,6 +10,7 @@ cached feature gradient. The loss sees every negative and the gradients are thos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from clip_train.errors import TrainingError
-from clip_train.objectives.base import Features, Loss
-from clip_train.runtime.collectives import first_row, gather_rows
+from clip_train.objectives.base import Features, Loss, at_least_fp32
+from clip_train.runtime.collectives import first_row, gather_rows, max_of, sum_of
 from clip_train.runtime.parallel import average_whole_gradients, clip_gradients, without_gradient_sync
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
@@ -28,7 +29,10 @@ from clip_train.runtime.recompute import frozen_running_statistics
 class Objective(Protocol):
     """What a step asks of an objective."""
 
-    def loss(self, features: Features, logit_scale: Tensor) -> Loss: ...
+    @property
+    def loss(self) -> Callable[..., Loss]:
+        """Of `Features` and what the model gives beside them: the logit scale, and the bias where it has one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -117,26 +121,26 @@ def backward(
     if len(parts) == 1:
         seed_everything(seed, step, process.rank, 0)
         with process.autocast():
-            image, text, scale = model(inputs.images, inputs.ids, inputs.lengths)
-        loss = objective.loss(_features(image, text, inputs.groups), scale)
+            image, text, *scalars = model(inputs.images, inputs.ids, inputs.lengths)
+        loss = objective.loss(_features(image, text, inputs.groups), *scalars)
         scaled(loss.total, process).backward()
         average_whole_gradients(model)
-        return loss, float(scale.detach())
+        return loss, float(scalars[0].detach())
 
     images: list[Tensor] = []
     texts: list[Tensor] = []
-    scale = torch.empty(())
+    scalars: list[Tensor] = []
     with torch.no_grad(), frozen_running_statistics(model):
         for index, part in enumerate(parts):
             seed_everything(seed, step, process.rank, index)
             with process.autocast():
-                image, text, scale = model(part.images, part.ids, part.lengths)
+                image, text, *scalars = model(part.images, part.ids, part.lengths)
             images.append(image)
             texts.append(text)
 
-    leaves = [torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_(), scale.detach().requires_grad_()]
-    loss = objective.loss(_features(leaves[0], leaves[1], inputs.groups), leaves[2])
-    image_grad, text_grad, scale_grad = torch.autograd.grad(loss.total, leaves)
+    leaves = [leaf.detach().requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *scalars)]
+    loss = objective.loss(_features(leaves[0], leaves[1], inputs.groups), *leaves[2:])
+    image_grad, text_grad, *scalar_grads = torch.autograd.grad(loss.total, leaves)
 
     start = 0
     for index, part in enumerate(parts):
@@ -145,27 +149,26 @@ def backward(
         seed_everything(seed, step, process.rank, index)
         with nullcontext() if last else without_gradient_sync(model):
             with process.autocast():
-                image, text, scale = model(part.images, part.ids, part.lengths)
-            # Its gradient is the chain rule's: feature gradient times feature. The scale enters the loss once.
+                image, text, *scalars = model(part.images, part.ids, part.lengths)
+            # Its gradient is the chain rule's: feature gradient times feature. The scalars enter the loss once.
             surrogate = (image * image_grad[rows]).sum() + (text * text_grad[rows]).sum()
             if last:
-                surrogate = surrogate + scale * scale_grad
+                surrogate = surrogate + sum(s * g for s, g in zip(scalars, scalar_grads, strict=True))
             scaled(surrogate, process).backward()
     average_whole_gradients(model)
-    return loss, float(scale.detach())
+    return loss, float(scalars[0].detach())
 
 
 def _features(image: Tensor, text: Tensor, groups: Tensor) -> Features:
-    """Ours beside everybody's; fp32, for logits in bf16 lose what the loss is made of."""
-    image, text = image.float(), text.float()
+    """Ours, with the ways to everybody's."""
     return Features(
-        image=image,
-        text=text,
-        all_image=gather_rows(image),
-        all_text=gather_rows(text),
-        first_row=first_row(image),
+        image=at_least_fp32(image),
+        text=at_least_fp32(text),
         groups=groups,
-        all_groups=gather_rows(groups),
+        first_row=first_row(image),
+        gather=gather_rows,
+        sum_over_processes=sum_of,
+        max_over_processes=max_of,
     )
 
 

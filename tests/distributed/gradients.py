@@ -19,7 +19,9 @@ from clip_train.models.resnet import ModifiedResNet
 from clip_train.models.text import TextTransformer
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer
+from clip_train.objectives import tiles
 from clip_train.objectives.contrastive import InfoNCE
+from clip_train.objectives.sigmoid import Sigmoid
 from clip_train.runtime.parallel import Replicated, Sharded, clip_gradients, parallelize
 from clip_train.runtime.process import Process, launched
 from clip_train.training.update import Inputs, Objective, backward
@@ -27,9 +29,17 @@ from clip_train.training.update import Inputs, Objective, backward
 GLOBAL, VOCABULARY, CAP, SIZE = 16, 50, 12, 32
 
 OBJECTIVES: dict[str, Objective] = {
-    "dense": InfoNCE(),
-    "groups": InfoNCE(equal_captions_positive=True),
+    "dense": InfoNCE(impl="dense"),
+    "groups": InfoNCE(equal_captions_positive=True, impl="dense"),
+    "tiled": InfoNCE(impl="tiled"),
+    "tiled_groups": InfoNCE(equal_captions_positive=True, impl="tiled"),
+    "sigmoid": Sigmoid(impl="dense"),
+    "tiled_sigmoid": Sigmoid(impl="tiled"),
+    "tiled_sigmoid_groups": Sigmoid(equal_captions_positive=True, impl="tiled"),
 }
+REFERENCE = {"tiled": "dense", "tiled_groups": "groups", "tiled_sigmoid": "sigmoid"}
+"""The objective whose gradients another must give; for the rest, its own on one process."""
+tiles.CPU_TILE, tiles.LEAST_ROWS = 1, 3  # many tiles of few rows
 STRATEGIES: dict[str, Replicated | Sharded] = {
     "ddp": Replicated(),
     "static": Replicated(static_graph=True),
@@ -60,12 +70,13 @@ class Case:
 
 def matrix() -> list[Case]:
     """What must give one process's gradients, whatever the number of processes."""
-    return [
+    found = [
         Case(objective, strategy, micro)
-        for objective in OBJECTIVES
+        for objective in ("dense", "tiled", "tiled_sigmoid")
         for strategy in ("ddp", "fsdp")
         for micro in MICRO
-    ]  # fmt: skip
+    ]
+    return found + [Case(objective) for objective in OBJECTIVES if Case(objective) not in found]
 
 
 def variants(world: int) -> list[Case]:
@@ -101,7 +112,8 @@ def build(case: Case) -> TwoTower:
         for block in text.blocks:
             assert isinstance(block, Block)
             block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.3))  # pyright: ignore[reportAttributeAccessIssue]
-    model = TwoTower(image, text, embed_dim=8)  # pyright: ignore[reportArgumentType]
+    bias = -4.0 if "sigmoid" in case.objective else None
+    model = TwoTower(image, text, embed_dim=8, init_logit_bias=bias)  # pyright: ignore[reportArgumentType]
     # In fp64 rounding in the towers hides no mistake; features and loss are fp32 all the same.
     return model if case.precision == "bf16" else model.double()
 

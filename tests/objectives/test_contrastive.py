@@ -22,8 +22,12 @@ def unit(rows: int, width: int, seed: int) -> Tensor:
 def share(image: Tensor, text: Tensor, first: int, rows: int, groups: Tensor | None = None) -> Features:
     """What one process of several sees."""
     own = slice(first, first + rows)
-    mine = None if groups is None else groups[own]
-    return Features(image[own], text[own], image, text, first, mine, groups)
+    whole = [(image[own], image), (text[own], text)] + ([] if groups is None else [(groups[own], groups)])
+
+    def gather(part: Tensor) -> Tensor:
+        return next(everything for mine, everything in whole if mine is part)
+
+    return Features(whole[0][0], whole[1][0], whole[2][0] if groups is not None else None, first, gather)
 
 
 def test_two_pairs_by_hand() -> None:
