@@ -26,6 +26,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_zeroshot_arguments(zeroshot)
     zeroshot.set_defaults(run=run_zeroshot)
 
+    checkpoint = commands.add_parser("checkpoint", help="how long saving keeps training waiting")
+    add_checkpoint_arguments(checkpoint)
+    checkpoint.set_defaults(run=run_checkpoint)
+
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -98,5 +102,17 @@ def add_zeroshot_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_zeroshot(args: argparse.Namespace) -> int:
     from clip_train.bench.zeroshot import main
+
+    return main(args)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    from clip_train.bench.checkpoint import add_arguments
+
+    add_arguments(parser)
+
+
+def run_checkpoint(args: argparse.Namespace) -> int:
+    from clip_train.bench.checkpoint import main
 
     return main(args)

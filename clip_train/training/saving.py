@@ -109,6 +109,11 @@ class Saver:
             self._thread.join(60)  # other processes may be gone: do not wait for them for ever
 
     @property
+    def busy(self) -> bool:
+        """Whether this process is writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def failed(self) -> bool:
         """Whether this process could not write; `finish` says why, on all processes."""
         return bool(self._failure)
