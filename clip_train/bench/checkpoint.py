@@ -32,16 +32,6 @@ from clip_train.training.update import Inputs, train_step
 from tokenizer import BPETokenizer
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", default="vit-b-32", help="whose model and optimizer (default vit-b-32)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where to write (default: here)")
-    parser.add_argument("--batch", type=int, default=16, help="pairs of the steps beside the write (default 16)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio is smaller")
-
-
 @dataclass
 class Bench:
     """A model in training, on one batch."""

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from clip_train.cli import main
 from clip_train.errors import TrainingError
 from clip_train.runtime.process import Process, launched
 from clip_train.training.checkpoint import Companions, State, list_checkpoints, read_checkpoint
@@ -147,6 +148,15 @@ def test_a_failure_is_told_at_the_next_step(
     assert training.saver.failed
     with pytest.raises(TrainingError, match=str(error.args[-1])):
         training.saver.finish()
+
+
+def test_the_benchmark_tells_its_ratio(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "checkpoint", "debug", "--rounds", "1", "--batch", "2", "--folder", str(tmp_path)]
+    assert main([*arguments, "--bar", "1e9"]) == 1
+    out = capfd.readouterr().out
+    assert "below the bar" in out
+    assert float(out.splitlines()[-1].removeprefix("ratio ")) > 0
+    assert not list(tmp_path.iterdir())
 
 
 SLOW_WRITER = """
