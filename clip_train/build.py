@@ -196,6 +196,7 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
         rank=rank,
         world=world,
         cache_decoded=data.cache_decoded,
+        threads=data.threads,
     )
 
 
@@ -226,4 +227,9 @@ def build_augment(recipe: Recipe, source: Source | None = None) -> Augment:
     own = None if source is None else source.augment
     arguments = (own or recipe.data.augment).model_dump()
     arguments |= arguments.pop("color")
-    return Augment(size=recipe.image.image_size, interpolation=recipe.preprocess.interpolation, **arguments)
+    return Augment(
+        size=recipe.image.image_size,
+        interpolation=recipe.preprocess.interpolation,
+        scaled_decode=recipe.data.scaled_decode,
+        **arguments,
+    )

@@ -84,6 +84,8 @@ class Data(Section):
     """Loader processes for each training process; 0 loads in the training process."""
     sampling: Literal["epoch", "replacement"] = "epoch"
     """Every sample once an epoch, or each drawn from all samples of its source, as if none had been drawn before."""
+    threads: PositiveInt = 1
+    """Threads of each loader process, which decode at the same time."""
     lanes: PositiveInt = 16
     """Parallel sequences of shards that a batch is dealt from (fewer where there are fewer shards)."""
     shuffle_window: PositiveInt = 8192
@@ -93,6 +95,9 @@ class Data(Section):
     """Share of undecodable samples above which the run stops."""
     cache_decoded: bool = False
     """Keep decoded pictures in memory: for sets far smaller than memory."""
+    scaled_decode: bool = False
+    """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still has as many pixels as the view: faster for
+    pictures at least twice the view's size, at a small loss. Training only."""
     cache_dir: str | None = None
     """Where shards from elsewhere (http, s3, …) are kept while they are used, shared by the processes of a node, and
     the listings of all shards; the default is `$XDG_CACHE_HOME/clip-train/shards`."""
@@ -109,6 +114,8 @@ class Data(Section):
                     f"data.sources.{name}.caption_choice = 'all' goes through captions epoch by epoch, which "
                     "data.sampling = 'replacement' does not have: take 'random'"
                 )
+        if self.scaled_decode and self.cache_decoded:
+            raise ValueError("cache_decoded keeps whole pictures, scaled_decode decodes them for one crop: choose one")
         return self
 
 

@@ -1,14 +1,17 @@
 """Bytes -> pixels: RGB, uint8, upright, on white, whatever the file was.
 
-JPEG goes through libjpeg-turbo (simplejpeg: 1.7x torchvision's, 2.6x Pillow's rate on a 512x384 photo),
-everything else through Pillow.
+JPEG goes through libjpeg-turbo (simplejpeg), everything else through Pillow. Safe in threads; the decoders release the
+interpreter's lock.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import threading
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -32,11 +35,21 @@ class DecodeError(ValueError):
     """These bytes are no picture that can be used; the text is the cause."""
 
 
-def decode(data: bytes) -> Pixels:
+SHRINKS = (2, 4, 8)
+"""Factors by which a JPEG may be shrunk while it is decoded: libjpeg's inverse transforms of 4, 2 and 1 frequencies a
+side. Those of 7/8, 6/8 and 5/8 exist too, but have no SIMD code: they take longer than decoding the whole.
+"""
+
+
+def decode(data: bytes, shrink: int = 1) -> Pixels:
     """Decode a picture of any common format to RGB.
 
     Grey, palette, CMYK and 16-bit pictures are converted, transparent ones are put on white, EXIF orientation
     is applied, and of an animation the first frame counts.
+
+    Args:
+        shrink: one of `SHRINKS` decodes a JPEG at 1 / shrink of its sides, rounded up (libjpeg's scaling in the
+            frequency domain); only for what `shrinkable_size` gave a size of.
 
     Returns:
         (H, W, 3) uint8, contiguous.
@@ -44,17 +57,33 @@ def decode(data: bytes) -> Pixels:
     Raises:
         DecodeError: no picture, cut short, damaged, or above `MAX_PIXELS`.
     """
-    if data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]:  # an orientation is rare: Pillow's business
-        return _decode_jpeg(data)
+    if _is_upright_jpeg(data):
+        return _decode_jpeg(data, shrink)
     return _decode_any(data)
 
 
-def _decode_jpeg(data: bytes) -> Pixels:
+def shrinkable_size(data: bytes) -> tuple[int, int] | None:
+    """`(width, height)` of a JPEG without EXIF data, which may be shrunk while it is decoded; None for all else."""
+    if not _is_upright_jpeg(data):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None  # `decode` finds out what is wrong
+    return (int(width), int(height)) if colours in ("YCbCr", "Gray") else None
+
+
+def _is_upright_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]  # an orientation is rare: Pillow's business
+
+
+def _decode_jpeg(data: bytes, shrink: int) -> Pixels:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(int(width), int(height))
-        if colours in ("YCbCr", "Gray"):
-            return simplejpeg.decode_jpeg(data, "RGB")  # strict: a file that is cut short is an error
+        if colours in ("YCbCr", "Gray"):  # strict: a file that is cut short is an error
+            least = (-(-int(height) // shrink), -(-int(width) // shrink)) if shrink > 1 else (0, 0)
+            return simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except DecodeError:
         raise
     except ValueError as error:
@@ -66,10 +95,9 @@ def _decode_jpeg(data: bytes) -> Pixels:
 
 def _decode_any(data: bytes) -> Pixels:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata and sizes; sizes are checked here
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return to_rgb(image)
+        # Warnings are about odd metadata and sizes; sizes are checked here.
+        with _no_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return to_rgb(image)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
@@ -78,6 +106,29 @@ def _decode_any(data: bytes) -> Pixels:
         # Pillow names the buffer by its address, which would differ from run to run.
         cause = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
         raise DecodeError(f"not a readable picture: {cause}") from error
+
+
+_quiet_lock = threading.Lock()
+_quiet: list[warnings.catch_warnings[None]] = []  # of all threads that are within `_no_warnings`, the outermost first
+_quiet_threads = [0]
+
+
+@contextmanager
+def _no_warnings() -> Generator[None]:
+    """`warnings.catch_warnings` sets state that all threads share: the first to come sets it, the last to go resets."""
+    with _quiet_lock:
+        if not _quiet:
+            _quiet.append(warnings.catch_warnings())
+            _quiet[0].__enter__()
+            warnings.simplefilter("ignore")
+        _quiet_threads[0] += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_threads[0] -= 1
+            if not _quiet_threads[0]:
+                _quiet.pop().__exit__(None, None, None)
 
 
 def to_rgb(image: Image.Image) -> Pixels:

@@ -7,6 +7,7 @@ not read this moment may make room for what another one needs.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from functools import partial
 
@@ -17,7 +18,7 @@ from clip_train.errors import DataError
 
 
 class ShardFiles:
-    """Open shards, the least recently used closed first.
+    """Open shards, the least recently used closed first. Safe in threads.
 
     Reads name their offset (`pread`), so forked workers may share descriptors: there is no position to fight
     over.
@@ -25,7 +26,8 @@ class ShardFiles:
 
     def __init__(self, most_open: int = 64) -> None:
         self.most_open = most_open
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, index: ShardIndex, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of a shard.
@@ -35,7 +37,8 @@ class ShardFiles:
         """
         try:
             if index.cache is None:
-                return _read(index, self._descriptor(index), offset, size)
+                shard = self._shard(index)
+                return _read(index, shard.descriptor, offset, size)
             found = Found(index.size, index.version)
             with index.cache.opened(index.shard, found, partial(verify, index)) as descriptor:
                 return _read(index, descriptor, offset, size)
@@ -44,25 +47,33 @@ class ShardFiles:
                 f"{index.shard}: cannot be read any more ({error.strerror}). Put it back and resume the run."
             ) from error
 
-    def _descriptor(self, index: ShardIndex) -> int:
-        if index.shard in self._open:
-            self._open.move_to_end(index.shard)
-            return self._open[index.shard]
-        descriptor = os.open(index.shard, os.O_RDONLY)
-        if os.fstat(descriptor).st_size != index.size:
-            os.close(descriptor)
-            raise DataError(f"{index.shard}: changed after it was indexed. Put the old file back, or start anew.")
-        self._open[index.shard] = descriptor
-        while len(self._open) > self.most_open:
-            os.close(self._open.popitem(last=False)[1])
-        return descriptor
+    def _shard(self, index: ShardIndex) -> _Open:
+        with self._lock:
+            if index.shard in self._open:
+                self._open.move_to_end(index.shard)
+                return self._open[index.shard]
+            shard = _Open(index.shard)
+            if os.fstat(shard.descriptor).st_size != index.size:
+                raise DataError(f"{index.shard}: changed after it was indexed. Put the old file back, or start anew.")
+            self._open[index.shard] = shard
+            while len(self._open) > self.most_open:
+                self._open.popitem(last=False)
+            return shard
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._open.clear()
+
+
+class _Open:
+    """A descriptor that is closed when nobody uses it any more: another thread may still read what was put out."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        self.close()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def _read(index: ShardIndex, descriptor: int, offset: int, size: int) -> bytes:

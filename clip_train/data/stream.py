@@ -27,6 +27,7 @@ from clip_train.data.hashing import AUGMENT, CAPTION, SUBSTITUTE, TURN, mix, tex
 from clip_train.data.order import Order, Position
 from clip_train.data.prefetch import Prefetcher, check_room
 from clip_train.data.shards import ShardIndex, data_fingerprint, index_all, resolve
+from clip_train.data.threads import Threads
 from clip_train.data.transforms import DRAWS, Augment
 from clip_train.errors import DataError
 
@@ -100,6 +101,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         cache_decoded: keep decoded pictures in memory, in each process that reads: with `workers = w` this
             takes
             w times the pictures' pixels.
+        threads: samples read and decoded at the same time, in each process that reads.
 
     Raises:
         DataError: no samples, fewer than a batch, a batch that the ranks cannot share, or weights for some
@@ -120,6 +122,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         rank: int = 0,
         world: int = 1,
         cache_decoded: bool = False,
+        threads: int = 1,
     ) -> None:
         if batch_size % world:
             raise DataError(f"data.batch_size {batch_size} cannot be shared by {world} processes: make it a multiple")
@@ -137,6 +140,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
             check_room(source.indexes, lanes, window, everywhere=sampling == "replacement")
         self._remote = any(one.cache is not None for source in sources for one in source.indexes)
         self._prefetcher = Prefetcher()
+        self._threads = Threads(threads)
         self._decoded: dict[tuple[int, int, int], Pixels] | None = {} if cache_decoded else None
 
     @property
@@ -158,16 +162,14 @@ class Stream(torch.utils.data.Dataset[Batch]):
             self._prefetcher.want(dict.fromkeys(self._index(position) for position in [*positions, *later]))
         draws, choices = self._draws(positions)  # of all at once: many times faster than one by one
         images = torch.empty((local, 3, self.augment.size, self.augment.size), dtype=torch.uint8)
-        keys: list[str] = []
-        captions: list[str] = []
-        skipped: list[BadSample] = []
-        for row, planned in enumerate(positions):
-            position, pixels, texts = self._usable(planned, skipped)
-            if position != planned:
-                draws[row : row + 1], choices[row : row + 1] = self._draws([position])
-            images[row] = self._augment(position).crop(pixels, draws[row])
-            keys.append(self._index(position).key(position.sample))
-            captions.append(texts[int(choices[row]) % len(texts)])
+
+        def fill(row: int) -> tuple[Position, list[str], list[BadSample]]:
+            position, images[row], texts, skipped = self._usable(positions[row], draws[row], choices[row : row + 1])
+            return position, texts, skipped
+
+        filled = self._threads.map(fill, range(local))
+        used = [position for position, _, _ in filled]
+        captions = [texts[int(choice) % len(texts)] for (_, texts, _), choice in zip(filled, choices, strict=True)]
         ids, lengths = self.tokenizer.encode_batch(captions)
         return Batch(
             images=self._views(images, draws, positions),
@@ -175,9 +177,9 @@ class Stream(torch.utils.data.Dataset[Batch]):
             lengths=torch.from_numpy(lengths.astype(np.int32, copy=False)),
             groups=groups(captions),
             rows=torch.tensor(rows),
-            keys=keys,
-            sources=[self.sources[position.source].name for position in positions],
-            skipped=skipped,
+            keys=[self._index(position).key(position.sample) for position in used],
+            sources=[self.sources[position.source].name for position in used],
+            skipped=[bad for _, _, skipped in filled for bad in skipped],
         )
 
     def captions(self, step: int) -> list[str]:
@@ -208,17 +210,23 @@ class Stream(torch.utils.data.Dataset[Batch]):
             images[torch.from_numpy(rows)] = augment.batch(images[torch.from_numpy(rows)], draws[rows])
         return images
 
-    def _usable(self, position: Position, skipped: list[BadSample]) -> tuple[Position, Pixels, list[str]]:
-        """The sample at a position or, where it is bad, the first good one of its substitutes."""
-        original, causes = position, list[str]()
+    def _usable(
+        self, position: Position, draws: NDArray[np.float64], choice: NDArray[np.uint64]
+    ) -> tuple[Position, Tensor, list[str], list[BadSample]]:
+        """The view and captions of the sample at a position or, where it is bad, of the first good one of its
+        substitutes, whose random numbers are put in place of the position's. With it, what was skipped.
+        """
+        original, skipped = position, list[BadSample]()
         for attempt in range(_ATTEMPTS):
             try:
-                return position, self._pixels(position), self._captions(position)
+                return position, self._view(position, draws), self._captions(position), skipped
             except (BadSampleError, DecodeError) as error:
                 bad = BadSample(self._index(position).shard, self._index(position).key(position.sample), str(error))
             skipped.append(bad)
-            causes.append(f"{bad.shard}: {bad.key}: {bad.cause}")
             position = self._substitute(original, attempt)
+            views, choices = self._draws([position])
+            draws[:], choice[:] = views[0], choices
+        causes = [f"{bad.shard}: {bad.key}: {bad.cause}" for bad in skipped]
         raise DataError(
             f"{_ATTEMPTS} samples of source {self.sources[original.source].name!r} could not be used, "
             f"one after another: {'; '.join(causes[:3])}. Check the shards and the source's columns."
@@ -237,15 +245,15 @@ class Stream(torch.utils.data.Dataset[Batch]):
     def _index(self, position: Position) -> ShardIndex:
         return self.sources[position.source].indexes[position.shard]
 
-    def _pixels(self, position: Position) -> Pixels:
-        place = position[:3]
+    def _view(self, position: Position, draws: NDArray[np.float64]) -> Tensor:
+        augment, place = self._augment(position), position[:3]
         if self._decoded is not None and place in self._decoded:
-            return self._decoded[place]
+            return augment.crop(self._decoded[place], draws)
         _, data = columns.read(self._files, self._index(position), position.sample, self.sources[position.source].image)
-        pixels = decode(data)
-        if self._decoded is not None:
-            self._decoded[place] = pixels
-        return pixels
+        if self._decoded is None:
+            return augment.view(data, draws)
+        self._decoded[place] = decode(data)
+        return augment.crop(self._decoded[place], draws)
 
     def _captions(self, position: Position) -> list[str]:
         column = self.sources[position.source].caption

@@ -26,10 +26,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from clip_train.data.decode import Pixels, to_rgb
+from clip_train.data.decode import SHRINKS, Pixels, decode, shrinkable_size, to_rgb
 
 Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "longest", "squash"]
+Box = tuple[int, int, int, int]
+"""(left, top, width, height) in pixels."""
 Matrix = NDArray[np.float64]
 
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -43,7 +45,7 @@ DRAWS = 32
 """Uniform numbers that one sample's view is made from."""
 
 
-def resize_crop(pixels: Pixels, box: tuple[int, int, int, int], size: int, interpolation: Interpolation) -> Tensor:
+def resize_crop(pixels: Pixels, box: Box, size: int, interpolation: Interpolation) -> Tensor:
     """The part `box = (left, top, width, height)` of a picture, resized to a square.
 
     Antialiased, as Pillow's `resize` (to one grey level). Torch has a fast kernel for uint8 pictures in
@@ -55,9 +57,7 @@ def resize_crop(pixels: Pixels, box: tuple[int, int, int, int], size: int, inter
     return resize(pixels, box, (size, size), interpolation)
 
 
-def resize(
-    pixels: Pixels, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: Interpolation
-) -> Tensor:
+def resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
     """As `resize_crop`, to any `(height, width)`."""
     left, top, width, height = box
     part = torch.from_numpy(pixels)[top : top + height, left : left + width].permute(2, 0, 1)
@@ -140,6 +140,32 @@ class Augment:
     hue: float = 0.0
     color_probability: float = 0.8
     grayscale: float = 0.0
+    scaled_decode: bool = False
+
+    def view(self, data: bytes, draws: NDArray[np.float64]) -> Tensor:
+        """The first half of a view, from a file's bytes: as `crop(decode(data), draws)`, but for `scaled_decode`.
+
+        Raises:
+            DecodeError: as `decode`.
+        """
+        pixels, box = self.part(data, draws)
+        return resize_crop(pixels, box, self.size, self.interpolation)
+
+    def part(self, data: bytes, draws: NDArray[np.float64]) -> tuple[Pixels, Box]:
+        """The decoded picture, and the box in it that becomes the view.
+
+        With `scaled_decode` a JPEG is decoded at 1/2, 1/4 or 1/8 where the box still has `size` pixels a side then.
+        The box is drawn for the true size: it is the same part of the picture, to half a pixel of the shrunk one.
+        """
+        if self.scaled_decode and (size := shrinkable_size(data)):
+            box = crop_box(*size, self.crop_scale, self.crop_ratio, draws[12:])
+            for shrink in reversed(SHRINKS):
+                if min(box[2:]) // shrink >= self.size:
+                    return decode(data, shrink), shrunk_box(box, shrink)
+            return decode(data), box
+        pixels = decode(data)
+        height, width, _ = pixels.shape
+        return pixels, crop_box(width, height, self.crop_scale, self.crop_ratio, draws[12:])
 
     def crop(self, pixels: Pixels, draws: NDArray[np.float64]) -> Tensor:
         """First half, one picture: the random crop, resized.
@@ -231,7 +257,7 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     draws: NDArray[np.float64],
-) -> tuple[int, int, int, int]:
+) -> Box:
     """The random resized crop: `(left, top, width, height)`.
 
     An area (uniform in `scale`, of the whole) and an aspect ratio (log-uniform in `ratio`) are drawn until
@@ -251,6 +277,15 @@ def crop_box(
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def shrunk_box(box: Box, shrink: int) -> Box:
+    """The box in a picture that was decoded at 1 / shrink: its edges rounded, its sides at least floor(side / shrink).
+
+    It lies in the shrunk picture, whose sides are rounded up.
+    """
+    left, top, width, height = (int(value / shrink + 0.5) for value in (*box[:2], box[0] + box[2], box[1] + box[3]))
+    return left, top, width - left, height - top
 
 
 def warp(images: Tensor, maps: Matrix, fill: int, interpolation: Interpolation) -> Tensor:

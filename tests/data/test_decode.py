@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from tars import encoded
 
-from clip_train.data.decode import DecodeError, decode
+from clip_train.data.decode import DecodeError, decode, shrinkable_size
 
 
 def gradient(mode: str, size: tuple[int, int] = (40, 24)) -> Image.Image:
@@ -36,6 +38,38 @@ def test_jpegs_of_all_kinds(options: dict[str, int]) -> None:
     data = encoded(gradient("RGB", (123, 77)), "JPEG", **options)
     expected = np.asarray(Image.open(io.BytesIO(data))).astype(int)
     assert np.abs(decode(data) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_shrunk_decoding_is_libjpegs(shrink: int, options: dict[str, int], mode: str) -> None:
+    data = encoded(gradient(mode, (123, 77)), "JPEG", **options)
+    assert shrinkable_size(data) == (123, 77)
+    drafted = Image.open(io.BytesIO(data))
+    drafted.draft(mode, (123 // shrink, 77 // shrink))  # Pillow's way of asking libjpeg for the same
+    expected = np.asarray(drafted.convert("RGB")).astype(int)
+    found = decode(data, shrink)
+    assert found.shape == expected.shape == (-(-77 // shrink), -(-123 // shrink), 3)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_only_upright_jpegs_may_be_shrunk() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert shrinkable_size(encoded(gradient("RGB"), "JPEG", exif=exif)) is None
+    assert shrinkable_size(encoded(gradient("CMYK"), "JPEG")) is None
+    assert shrinkable_size(encoded(gradient("RGB"), "PNG")) is None
+    assert shrinkable_size(b"\xff\xd8\xff\x00 broken") is None
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
+    data = encoded(gradient("RGB", (200, 200)), "PNG")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(decode, [data] * 64))
+    assert warnings.filters == before
+    assert all((one == found[0]).all() for one in found)
 
 
 def test_cmyk() -> None:
