@@ -183,10 +183,11 @@ def _anchor_paths(tree: Tree, folder: Path) -> None:
     for source in _tables(tree, "data", "sources"):
         anchor_in(source, "shards")
     for task in _tables(tree, "evaluation", "tasks"):
-        anchor_in(task, "shards", "classes")
+        anchor_in(task, "shards", "train_shards", "classes")
         if isinstance(task.get("templates"), str):
             anchor_in(task, "templates")
     anchor_in(tree.get("tokenizer"), "path")
+    anchor_in(tree.get("training"), "init")
 
 
 def _tables(tree: Tree, *path: str) -> list[Tree]:

@@ -375,7 +375,37 @@ class Retrieval(Section):
     caption: str = "txt"
 
 
-Task = Annotated[ZeroShot | Retrieval, Field(discriminator="kind")]
+class Classified(Section):
+    """Pictures with labels to learn from, and others to be tested on."""
+
+    train_shards: str | list[str]
+    """What is learned from; the tower stays as it is."""
+    shards: str | list[str]
+    """What is tested."""
+    image: str = "jpg;jpeg;png;webp"
+    label: str = "cls"
+    """Member or `json.FIELD` with the class: its index in `classes`, or its name."""
+    classes: str
+    """Text file, one class name a line."""
+    shots: PositiveInt | None = None
+    """Training pictures of each class, drawn by their keys; all where it is not given."""
+
+
+class LinearProbe(Classified):
+    """Logistic regression on image embeddings, fitted by L-BFGS, its L2 weight swept (CLIP paper, section 3.2)."""
+
+    kind: Literal["linear_probe"] = "linear_probe"
+
+
+class Knn(Classified):
+    """Votes of the nearest training pictures, weighted by exp(cosine / temperature)."""
+
+    kind: Literal["knn"] = "knn"
+    neighbours: PositiveInt = 20
+    temperature: PositiveFloat = 0.07
+
+
+Task = Annotated[ZeroShot | Retrieval | LinearProbe | Knn, Field(discriminator="kind")]
 
 
 class Evaluation(Section):

@@ -67,6 +67,11 @@ class Reading:
         patterns = [shards] if isinstance(shards, str) else shards
         return replace(cls([index(shard) for shard in resolve(patterns, relative_to)], patterns, preprocess), **how)
 
+    def instead(self, shards: str | list[str], relative_to: Path | None) -> Reading:
+        """Other shards read the same way. Raises DataError where there are none."""
+        patterns = [shards] if isinstance(shards, str) else shards
+        return replace(self, indexes=[index(shard) for shard in resolve(patterns, relative_to)], patterns=patterns)
+
     def __len__(self) -> int:
         """Samples of the whole set."""
         return sum(len(one) for one in self.indexes)

@@ -15,7 +15,8 @@ from clip_train.evaluation.run_folder import Run, words
 
 def accuracy(run: Run, images: dict[str, bytes]) -> str:
     groups: dict[str, Sequence[Bar]] = {}
-    for name, m in run.tasks("zeroshot").items():
+    kinds = {"zeroshot": "Zero-shot", "linear_probe": "Linear probe", "knn": "Nearest neighbours"}
+    for title, (name, m) in [(title, task) for kind, title in kinds.items() for task in run.tasks(kind).items()]:
         bars = [
             Bar(label, m[key], m.get(chance))
             for label, key, chance in (
@@ -27,7 +28,7 @@ def accuracy(run: Run, images: dict[str, bytes]) -> str:
             if key in m and not (key == "per_class_mean" and abs(m[key] - m.get("top1", -1)) < 5e-4)
         ]
         counts = f"{m.get('samples', 0):,.0f} pictures, {m.get('classes', 0):,.0f} classes"
-        groups[f"Zero-shot: {words(name)} ({counts})"] = bars
+        groups[f"{title}: {words(name)} ({counts})"] = bars
     for name, m in run.tasks("retrieval").items():
         counts = f"{m.get('images', 0):,.0f} pictures, {m.get('captions', 0):,.0f} captions"
         groups[f"Retrieval: {words(name)} ({counts})"] = [

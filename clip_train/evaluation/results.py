@@ -8,9 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_train.config.schema import Retrieval, ZeroShot
+from clip_train.config.schema import Retrieval, Task
 
 _CLASSIFICATION = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "per_class_mean"}
+_TASKS = {
+    "zeroshot": "zeroshot_classification",
+    "retrieval": "zeroshot_retrieval",
+    "linear_probe": "linear_probe",
+    "knn": "knn",
+}
 _RETRIEVAL = {
     f"{theirs}_retrieval_recall@{k}": f"{ours}/r@{k}"
     for k in (1, 5, 10)
@@ -18,19 +24,17 @@ _RETRIEVAL = {
 }
 
 
-def benchmark_rows(
-    figures: Mapping[str, float], tasks: Mapping[str, ZeroShot | Retrieval], model: str
-) -> list[dict[str, Any]]:
+def benchmark_rows(figures: Mapping[str, float], tasks: Mapping[str, Task], model: str) -> list[dict[str, Any]]:
     """One entry a task, with the keys that `clip_benchmark build` reads."""
     rows: list[dict[str, Any]] = []
     for name, task in tasks.items():
-        names = _CLASSIFICATION if isinstance(task, ZeroShot) else _RETRIEVAL
+        names = _RETRIEVAL if isinstance(task, Retrieval) else _CLASSIFICATION
         rows.append(
             {
                 "dataset": name,
                 "model": model,
                 "pretrained": "clip-train",
-                "task": "zeroshot_classification" if isinstance(task, ZeroShot) else "zeroshot_retrieval",
+                "task": _TASKS[task.kind],
                 "metrics": {theirs: figures[f"{task.kind}/{name}/{ours}"] for theirs, ours in names.items()},
                 "language": "en",
             }
@@ -38,9 +42,7 @@ def benchmark_rows(
     return rows
 
 
-def write_benchmark(
-    run_dir: Path, figures: Mapping[str, float], tasks: Mapping[str, ZeroShot | Retrieval], model: str
-) -> None:
+def write_benchmark(run_dir: Path, figures: Mapping[str, float], tasks: Mapping[str, Task], model: str) -> None:
     """Write every task's JSON and `results.csv`, which holds what `clip_benchmark build` would make of them."""
     folder = run_dir / "eval" / "clip_benchmark"
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clip_train.config.schema import Retrieval, ZeroShot
+from clip_train.config.schema import Knn, LinearProbe, Retrieval, Task, ZeroShot
 from clip_train.errors import ConfigError
 from clip_train.evaluation.encode import Gather, Loaded, Rows, alone
+from clip_train.evaluation.probe import evaluate_knn, evaluate_linear_probe
 from clip_train.evaluation.reading import Advance, Reading, read_lines
 from clip_train.evaluation.results import write_benchmark
 from clip_train.evaluation.retrieval import evaluate_retrieval
@@ -29,7 +30,7 @@ from clip_train.evaluation.zeroshot import EvalResult, evaluate_zeroshot
 
 def evaluate(
     loaded: Loaded,
-    tasks: Mapping[str, ZeroShot | Retrieval],
+    tasks: Mapping[str, Task],
     *,
     device: torch.device | None = None,
     precision: str = "fp32",
@@ -69,9 +70,15 @@ def evaluate(
             rank=rank,
             world=world,
         )
-        with _progress(console if rank == 0 else None, name, len(reading)) as advance:
+        training = None
+        if isinstance(task, LinearProbe | Knn):
+            training = reading.instead(task.train_shards, relative_to)
+        total = len(reading) + (0 if training is None else len(training))
+        with _progress(console if rank == 0 else None, name, total) as advance:
             reading = replace(reading, advance=advance)
-            result = _measure(loaded, task, reading, relative_to, device, precision, gather)
+            if training is not None:
+                training = replace(training, advance=advance)
+            result = _measure(loaded, task, reading, training, relative_to, device, precision, gather)
         figures |= {f"{task.kind}/{name}/{short}": value for short, value in result.metrics.items()}
         if console is not None and rank == 0:
             console.print(f"{headline(name, task, result)} ({time.perf_counter() - started:.1f} s)")
@@ -85,8 +92,9 @@ def evaluate(
 
 def _measure(
     loaded: Loaded,
-    task: ZeroShot | Retrieval,
+    task: Task,
     reading: Reading,
+    training: Reading | None,
     relative_to: Path | None,
     device: torch.device,
     precision: str,
@@ -102,6 +110,18 @@ def _measure(
             precision=precision,
             gather=gather,
         )
+    if isinstance(task, LinearProbe | Knn):
+        assert training is not None
+        reading, training = replace(reading, label=task.label), replace(training, label=task.label)
+        names = read_lines(task.classes, relative_to)
+        if isinstance(task, LinearProbe):
+            return evaluate_linear_probe(
+                loaded, training, reading, names, shots=task.shots, device=device, precision=precision, gather=gather
+            )
+        return evaluate_knn(
+            loaded, training, reading, names, neighbours=task.neighbours, temperature=task.temperature,
+            shots=task.shots, device=device, precision=precision, gather=gather,
+        )  # fmt: skip
     reading = replace(reading, caption=task.caption)
     return evaluate_retrieval(loaded, reading, device=device, precision=precision, gather=gather)
 
@@ -113,13 +133,14 @@ def read_templates(task: ZeroShot, relative_to: Path | None = None) -> list[str]
     return list(task.templates)
 
 
-def headline(name: str, task: ZeroShot | Retrieval, result: EvalResult) -> str:
+def headline(name: str, task: Task, result: EvalResult) -> str:
     """One line for the console."""
     m = result.metrics
-    if isinstance(task, ZeroShot):
+    if not isinstance(task, Retrieval):
+        learned = f" after {m['train_samples']:,.0f}" if "train_samples" in m else ""
         return (
-            f"[bold]{name}[/]: top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} of {m['samples']:,.0f} pictures among "
-            f"{m['classes']:,.0f} classes (chance {m['chance']:.2%}, majority {m['majority']:.2%})"
+            f"[bold]{name}[/]: top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} of {m['samples']:,.0f} pictures{learned} "
+            f"among {m['classes']:,.0f} classes (chance {m['chance']:.2%}, majority {m['majority']:.2%})"
         )
     return (
         f"[bold]{name}[/]: R@10 image to text {m['image_to_text/r@10']:.1%} "

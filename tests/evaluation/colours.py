@@ -54,7 +54,7 @@ class ColourModel(nn.Module):
         self.batches: list[tuple[int, int]] = []
         self.trained_while_evaluating = False
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         self.trained_while_evaluating |= self.training or torch.is_grad_enabled()
         return images.mean((2, 3)) * self.logit_scale.exp() / 2
 
