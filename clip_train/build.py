@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from clip_train.config.schema import (
     Constant,
     ConstantCooldown,
     Cosine,
+    Lamb,
+    LayerDecay,
+    Lion,
     Muon,
     Recipe,
     ResNet,
@@ -41,6 +44,7 @@ from clip_train.runtime.parallel import Replicated, Sharded, parallelize
 from clip_train.runtime.process import Process
 from clip_train.training import optimizer as optimizers
 from clip_train.training import schedule as schedules
+from clip_train.training.layer_decay import layer_scales
 from clip_train.training.muon import Share
 from tokenizer import BPETokenizer
 
@@ -129,18 +133,31 @@ def build_parallel(recipe: Recipe, model: TwoTower, process: Process) -> nn.Modu
 
 
 def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:
-    """The optimizer over the model's decay groups."""
-    config = recipe.optimizer
-    arguments = config.model_dump(exclude={"kind"})
+    """The optimizer over the model's groups: with decay or without, and one for each learning rate."""
+    config, parameters = recipe.optimizer, model.named_parameters()
+    arguments: dict[str, Any] = config.model_dump(exclude={"kind", "layer_decay"})
+    arguments |= {"no_decay": model.no_weight_decay(), "lr_scales": learning_rate_scales(recipe, model)}
     match config:
         case AdamW():
-            return optimizers.adamw(model.named_parameters(), no_decay=model.no_weight_decay(), **arguments)
+            return optimizers.adamw(parameters, **arguments)
+        case Lamb():
+            return optimizers.lamb(parameters, **arguments)
+        case Lion():
+            return optimizers.lion(parameters, **arguments)
         case Muon():
-            return optimizers.muon(
-                model.named_parameters(), no_decay=model.no_weight_decay(), share=share_of_work(), **arguments
-            )
+            return optimizers.muon(parameters, share=share_of_work(), **arguments)
         case _:
             assert_never(config)
+
+
+def learning_rate_scales(recipe: Recipe, model: TwoTower) -> dict[str, float]:
+    """Factors of the learning rate by parameter, where layers learn at different rates."""
+    decay = recipe.optimizer.layer_decay
+    if decay is None:
+        return {}
+    if isinstance(decay, LayerDecay):
+        return layer_scales(model, image=decay.image, text=decay.text)
+    return layer_scales(model, image=decay, text=decay)
 
 
 def share_of_work() -> Share | None:

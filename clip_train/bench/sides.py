@@ -40,7 +40,8 @@ def with_adamw(recipe: Recipe) -> Recipe:
     """The recipe with AdamW, the only optimizer open_clip has, and all else of its own optimizer that AdamW knows."""
     if isinstance(recipe.optimizer, AdamW):
         return recipe
-    known = [f"optimizer.{key}={getattr(recipe.optimizer, key)}" for key in AdamW.model_fields if key != "kind"]
+    own = recipe.optimizer.model_dump(exclude={"kind", "layer_decay"})
+    known = [f"optimizer.{key}={own[key]}" for key in AdamW.model_fields if key in own]
     return set_values(recipe, ["optimizer.kind=adamw", *known])
 
 
@@ -179,7 +180,7 @@ class OpenClipSide:
         rest = [p for p in self.model.parameters() if all(p is not q for q in plain)]
         self._optimizer = torch.optim.AdamW(
             [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": config.weight_decay}],
-            lr=lr, betas=(config.beta1, config.beta2), eps=config.eps,
+            lr=lr, betas=(config.beta1, config.beta2), eps=getattr(config, "eps", AdamW(lr=lr).eps),
         )  # fmt: skip
         self._scheduler = None if schedule is None else schedule(self._optimizer)
         precision = {"bf16": "amp_bf16", "fp32": "fp32", "fp16": "amp"}[recipe.training.precision]

@@ -226,6 +226,19 @@ class Sigmoid(Section):
     `model.init_temperature = 0.1`."""
 
 
+class LayerDecay(Section):
+    """Learning rate of a layer relative to the next one, for each tower; 1 leaves a tower alone."""
+
+    image: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    text: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _acts(self) -> LayerDecay:
+        if self.image == self.text == 1.0:
+            raise ValueError("layer_decay = 1 decays nothing: give a smaller number, or leave it away")
+        return self
+
+
 class AdamW(Section):
     """Decoupled weight decay on matrices and embeddings; none on gains, biases and the logit scale."""
 
@@ -235,6 +248,33 @@ class AdamW(Section):
     beta2: Fraction = 0.98
     eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
+    layer_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | LayerDecay | None = None
+    """Learning rate of a layer relative to the next one, of both towers or of each: for fine-tuning (0.65 to 0.9)."""
+
+
+class Lamb(Section):
+    """LAMB: Adam's step, as long as `lr` times the tensor. For very large batches; tensors without decay as in Adam."""
+
+    kind: Literal["lamb"] = "lamb"
+    lr: PositiveFloat
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
+    eps: PositiveFloat = 1e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
+    layer_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | LayerDecay | None = None
+    """Learning rate of a layer relative to the next one, of both towers or of each: for fine-tuning (0.65 to 0.9)."""
+
+
+class Lion(Section):
+    """Lion: the sign of a momentum; one moment instead of two. Learning rates 3-10 times below AdamW's."""
+
+    kind: Literal["lion"] = "lion"
+    lr: PositiveFloat
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1.0
+    layer_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | LayerDecay | None = None
+    """Learning rate of a layer relative to the next one, of both towers or of each: for fine-tuning (0.65 to 0.9)."""
 
 
 class Muon(Section):
@@ -249,6 +289,8 @@ class Muon(Section):
     beta2: Fraction = 0.98
     eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.2
+    layer_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | LayerDecay | None = None
+    """Learning rate of a layer relative to the next one, of both towers or of each: for fine-tuning (0.65 to 0.9)."""
 
 
 class Cosine(Section):
@@ -439,7 +481,7 @@ class Recipe(Section):
     text: TextTransformer = TextTransformer()
     model: Joint = Joint()
     loss: Annotated[InfoNCE | Sigmoid, Field(discriminator="kind")] = InfoNCE()
-    optimizer: Annotated[AdamW | Muon, Field(discriminator="kind")]
+    optimizer: Annotated[AdamW | Lamb | Lion | Muon, Field(discriminator="kind")]
     schedule: Annotated[Cosine | Constant | ConstantCooldown, Field(discriminator="kind")] = Cosine()
     training: Training
     checkpoint: CheckpointPolicy = CheckpointPolicy()
@@ -450,6 +492,7 @@ class Recipe(Section):
     def _fits_together(self) -> Recipe:
         if self.training.sync_batch_norm and self.image.kind != "resnet":
             raise ValueError("training.sync_batch_norm is for image.kind = 'resnet': there is no BatchNorm elsewhere")
-        if self.training.parallel.kind == "fsdp" and self.optimizer.kind == "muon":
-            raise ValueError("optimizer.kind = 'muon' needs whole matrices: take training.parallel.kind = 'ddp'")
+        if self.training.parallel.kind == "fsdp" and self.optimizer.kind in ("muon", "lamb"):
+            kind = self.optimizer.kind
+            raise ValueError(f"optimizer.kind = '{kind}' needs whole matrices: take training.parallel.kind = 'ddp'")
         return self

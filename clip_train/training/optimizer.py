@@ -1,35 +1,43 @@
-"""Which parameters decay, and the optimizer over them."""
+"""Which parameters decay and how fast they learn, and the optimizer over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clip_train.training.lamb import Lamb
+from clip_train.training.lion import Lion
 from clip_train.training.muon import MuonAdamW, Share
+
+Parameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def decay_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, no_decay: set[str]
+    parameters: Parameters, weight_decay: float, no_decay: set[str], lr_scales: Mapping[str, float] = {}
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices, convolutions and embeddings decay; gains, biases and other vectors do not.
+    """Matrices, convolutions and embeddings decay; gains, biases and other vectors do not.
 
     As in CLIP (section 2.5: "all weights that are not gains or biases"), token and position embeddings decay.
-    `no_decay` names further parameters that a tower wants left alone.
+    `no_decay` names further parameters that a tower wants left alone. `lr_scales` gives factors of the learning rate
+    by name, 1 where a name is missing: there is a group for each, which `train_step` honours.
     """
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
         if parameter.requires_grad:
-            (kept if parameter.ndim < 2 or name in no_decay else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            decay = 0.0 if parameter.ndim < 2 or name in no_decay else weight_decay
+            groups[decay, lr_scales.get(name, 1.0)].append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
 
 
 def adamw(
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: Parameters,
     *,
     no_decay: set[str],
     lr: float,
@@ -37,14 +45,45 @@ def adamw(
     beta2: float,
     eps: float,
     weight_decay: float,
+    lr_scales: Mapping[str, float] = {},
 ) -> torch.optim.Optimizer:
     """Fused AdamW (Loshchilov & Hutter 2019) over decay groups."""
-    groups = decay_groups(parameters, weight_decay, no_decay)
+    groups = decay_groups(parameters, weight_decay, no_decay, lr_scales)
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
+def lamb(
+    parameters: Parameters,
+    *,
+    no_decay: set[str],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    lr_scales: Mapping[str, float] = {},
+) -> torch.optim.Optimizer:
+    """LAMB over decay groups."""
+    groups = decay_groups(parameters, weight_decay, no_decay, lr_scales)
+    return Lamb(groups, lr=lr, betas=(beta1, beta2), eps=eps)
+
+
+def lion(
+    parameters: Parameters,
+    *,
+    no_decay: set[str],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    lr_scales: Mapping[str, float] = {},
+) -> torch.optim.Optimizer:
+    """Lion over decay groups."""
+    return Lion(decay_groups(parameters, weight_decay, no_decay, lr_scales), lr=lr, betas=(beta1, beta2))
+
+
 def muon(
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: Parameters,
     *,
     no_decay: set[str],
     lr: float,
@@ -53,6 +92,7 @@ def muon(
     beta2: float,
     eps: float,
     weight_decay: float,
+    lr_scales: Mapping[str, float] = {},
     share: Share | None = None,
 ) -> torch.optim.Optimizer:
     """Muon over hidden matrices and convolutions; AdamW over embeddings, gains, biases and other vectors."""
@@ -61,8 +101,11 @@ def muon(
     hidden = [(n, p) for n, p in named if p.ndim >= 2 and "embedding" not in n and n not in no_decay]
     names = {name for name, _ in hidden}
     rest = [(name, parameter) for name, parameter in named if name not in names]
-    groups = [{"params": [p for _, p in hidden], "weight_decay": weight_decay, "orthogonalize": True}]
-    groups += [{**group, "orthogonalize": False} for group in decay_groups(rest, weight_decay, no_decay)]
+    groups = [
+        {**group, "orthogonalize": members is hidden}
+        for members in (hidden, rest)
+        for group in decay_groups(members, weight_decay, no_decay, lr_scales)
+    ]
     return MuonAdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, momentum=momentum, share=share)
 
 

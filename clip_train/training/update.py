@@ -88,7 +88,7 @@ def train_step(
 ) -> StepResult:
     """Update the model once. Raises TrainingError where the gradient is not finite (the model is then unchanged)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=True)
     loss, logit_scale = backward(model, objective, inputs, process, step=step, seed=seed, micro_batch=micro_batch)
 
