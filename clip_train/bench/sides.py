@@ -118,8 +118,9 @@ class OurSide:
         """In fp32, in training mode: BatchNorm's statistics move, as they do on the other side."""
         look, device = self.recipe.preprocess, self.process.device
         images = normalize(batch.images.to(device), look.mean, look.std)
-        image, text, scale = self.model(images, batch.padded_ids(self.tokenizer.pad).to(device), batch.lengths.long())
-        return float(self.objective.loss(Features.local(image, text), scale).total)
+        ids = batch.padded_ids(self.tokenizer.pad).to(device)
+        image, text, *scalars = self.model(images, ids, batch.lengths.long())
+        return float(self.objective.loss(Features.local(image, text), *scalars).total)
 
     def update(self, batch: Batch, step: int, lr: float) -> Tensor:
         """Train on one batch; its loss."""
