@@ -20,7 +20,7 @@ console = Console(stderr=False, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 2 for a mistake of the user's, 130 and 143 after a signal."""
+    """Run a command; returns its exit code: 0, 2 for a mistake of the user's, 128 + a signal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # keys and file names may be anything but UTF-8

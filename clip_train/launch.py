@@ -27,12 +27,13 @@ from clip_train.runtime import collectives
 from clip_train.runtime.parallel import unsharded
 from clip_train.runtime.process import Process, launched
 from clip_train.training.checkpoint import read_checkpoint
+from clip_train.training.signals import exit_code, mark_interrupted
 from clip_train.training.trainer import train
 from tokenizer import BPETokenizer
 
 
 def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) -> int:
-    """Train a recipe and evaluate it. Returns the exit code: 0, or 128 + the signal that ended it early."""
+    """Train a recipe and evaluate it. Returns the exit code: 0, or `exit_code` of the signal that ended it."""
     trackers = ["wandb"] * bool(recipe.logging.wandb_project) + ["tensorboard"] * recipe.logging.tensorboard
     for tracker in trackers:
         if find_spec(tracker) is None:
@@ -51,6 +52,7 @@ def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) 
         run_dir.mkdir(parents=True, exist_ok=True)
         if process.is_main:
             write_environment(run_dir / "environment.json", process)
+            mark_interrupted(run_dir, None, 0)
 
         def evaluate_now(model: TwoTower, tokenizer: BPETokenizer, step: int) -> Mapping[str, float]:
             collectives.broadcast_buffers(model)
@@ -59,9 +61,11 @@ def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) 
                 return evaluate_loaded(loaded, run_dir, process, console)
 
         outcome = train(recipe, run_dir, process, resume=resume, console=console, evaluate=evaluate_now)
-        if process.is_main and outcome.signal is not None:
-            console.print(f"stopped by signal {outcome.signal} at step {outcome.step}, saved: run again to go on")
-    return 0 if outcome.signal is None else 128 + outcome.signal
+        if process.is_main:
+            mark_interrupted(run_dir, outcome.signal, outcome.step)
+            if outcome.signal is not None:
+                console.print(f"stopped by signal {outcome.signal} at step {outcome.step}, saved: run again to go on")
+    return exit_code(outcome.signal)
 
 
 def write_environment(path: Path, process: Process) -> None:

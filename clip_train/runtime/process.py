@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from clip_train.errors import ConfigError
 from clip_train.runtime.memory import keep_freed_memory
+from clip_train.runtime.rendezvous import join_group
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ def launched(
     if deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    timeout = timedelta(minutes=timeout_minutes)
+    join_group("nccl" if on_gpu else "gloo", timeout)
     accelerator = Accelerator(
         cpu=not on_gpu,  # without it accelerate leaves CPU processes strangers to each other
         mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         log_with=list(trackers) or None,
         project_dir=logging_dir,
         step_scheduler_with_optimizer=False,

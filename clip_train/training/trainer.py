@@ -58,7 +58,7 @@ class Outcome:
 def train(
     recipe: Recipe, run_dir: Path, process: Process, *, resume: str, console: Console, evaluate: Evaluate
 ) -> Outcome:
-    """Train a recipe in `run_dir` to its last step, or to the first SIGTERM or SIGINT.
+    """Train a recipe in `run_dir` to its last step, or to the first SIGTERM, SIGINT or SIGUSR1.
 
     `resume` is `auto` (go on from the run's newest checkpoint where there is one), `never`, or a checkpoint's path.
     Raises UserError for everything that a person can mend.
