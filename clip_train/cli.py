@@ -6,6 +6,7 @@ Modules that need torch are imported inside the commands, so that `--help` and m
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -34,11 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error{where}:[/]", end=" ")
         print(error, file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # `clip-train … | head`
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}. Free some space, then run again.", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:

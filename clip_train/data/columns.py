@@ -6,6 +6,7 @@ field of a JSON member (`json.captions`, `json.meta.title`).
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from clip_train.data.shards import ShardIndex
 from clip_train.errors import DataError
 
 _PROBED = 16  # samples of a shard whose JSON is looked at before training starts
+MOST_CHARACTERS = 100_000
+"""Longest caption: the tokenizer's time grows with it (0.3 s for this), and what is longer is no caption."""
+_MOST_BYTES = 1 << 29  # largest member: an uncompressed picture of MAX_PIXELS at 16 bits
 
 
 class BadSampleError(Exception):
@@ -58,6 +62,8 @@ def read(files: ShardFiles, index: ShardIndex, sample: int, columns: tuple[Colum
     """
     for column in columns:
         if place := index.member(sample, column.extension):
+            if place[1] > _MOST_BYTES:
+                raise BadSampleError(f"its {column.extension} member has {place[1]:,} bytes, above {_MOST_BYTES:,}")
             data = files.read(index, *place)
             if not data:
                 raise BadSampleError(f"its {column.extension} member is empty")
@@ -101,10 +107,19 @@ def read_captions(column: Column, data: bytes) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise BadSampleError(f"its caption is {json.dumps(text)[:60]}: a text or a list of texts is wanted")
-    texts = [text for text in cast(list[str], texts) if text.strip()]
+        if len(text) > MOST_CHARACTERS:
+            raise BadSampleError(f"its caption has {len(text):,} characters, above {MOST_CHARACTERS:,}")
+    texts = [text for text in cast(list[str], texts) if not is_blank(text)]
     if not texts:
         raise BadSampleError("its caption is empty")
     return texts
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to be seen in a text: white space, control characters, `&nbsp;`."""
+    if "&" in text and len(text) < 1000:
+        text = html.unescape(html.unescape(text))  # as the tokenizer does
+    return not any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def read_label(column: Column, data: bytes) -> int | str:

@@ -1,7 +1,8 @@
 """Reading parts of shards: files are read at offsets, so that order costs nothing.
 
-A local shard is opened once. One from elsewhere is opened, in the cache, for each read (15 us): what a process does
-not read this moment may make room for what another one needs.
+A local shard is opened once, and looked at before each read (1 us): one that was replaced or written to meanwhile is
+listed again, and where it lists differently the run stops. One from elsewhere is opened, in the cache, for each read
+(15 us): what a process does not read this moment may make room for what another one needs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 from clip_train.data.index_files import ShardIndex
 from clip_train.data.remote import Found
@@ -51,14 +53,17 @@ class ShardFiles:
         with self._lock:
             if index.shard in self._open:
                 self._open.move_to_end(index.shard)
-                return self._open[index.shard]
-            shard = _Open(index.shard)
-            if os.fstat(shard.descriptor).st_size != index.size:
-                raise DataError(f"{index.shard}: changed after it was indexed. Put the old file back, or start anew.")
-            self._open[index.shard] = shard
-            while len(self._open) > self.most_open:
-                self._open.popitem(last=False)
-            return shard
+            else:
+                self._open[index.shard] = _Open(index)
+                while len(self._open) > self.most_open:
+                    self._open.popitem(last=False)
+            shard = self._open[index.shard]
+        try:
+            shard.check(index)
+        except DataError:
+            self._open.pop(index.shard, None)  # it is opened anew when it is asked for again
+            raise
+        return shard
 
     def close(self) -> None:
         self._open.clear()
@@ -67,9 +72,23 @@ class ShardFiles:
 class _Open:
     """A descriptor that is closed when nobody uses it any more: another thread may still read what was put out."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, index: ShardIndex) -> None:
         self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = os.open(index.shard, os.O_RDONLY | os.O_CLOEXEC)
+        self.seen = (index.size, int(index.version)) if index.version else None
+        """Size and time of change for which it is known to hold what was indexed."""
+
+    def check(self, index: ShardIndex) -> None:
+        """Stop where this is another file than the one that was indexed, or was written to."""
+        stat = os.fstat(self.descriptor)
+        now = (stat.st_size, stat.st_mtime_ns)
+        if now == self.seen:
+            return
+        if stat.st_size != index.size:
+            raise DataError(f"{index.shard}: changed after it was indexed. Put the old file back, or start anew.")
+        if self.seen is not None:
+            verify(index, Path(f"/dev/fd/{self.descriptor}"))
+        self.seen = now
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

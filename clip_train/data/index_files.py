@@ -42,7 +42,7 @@ class ShardIndex:
     sizes: NDArray[np.int64]
     """(n, e) their number."""
     version: str = ""
-    """ETag or the like of a shard that lies elsewhere."""
+    """ETag or the like of a shard that lies elsewhere; of a local one its time of change in nanoseconds."""
     cache: Cache | None = None
     """Where a shard that lies elsewhere is kept while it is used; None for a local one."""
 
@@ -90,12 +90,13 @@ def write_index(index: ShardIndex, path: Path | None = None) -> Path:
     Raises:
         OSError: it cannot be written there.
     """
+    version = "" if path is None else index.version  # what lies beside a shard is copied about with it
     path = Path(index.shard + INDEX_SUFFIX) if path is None else path
     tree = {
         "format": _FORMAT,
         "shard": base_name(index.shard),
         "size": index.size,
-        "version": index.version,
+        "version": version,
         "extensions": index.extensions,
         "keys": [index.key(sample) for sample in range(len(index))],
         "offsets": index.offsets.tolist(),

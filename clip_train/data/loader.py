@@ -7,15 +7,19 @@ workers to the trainer, who finishes its step first.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from clip_train.data.waiting import SlowNotice
 from clip_train.errors import DataError, UserError
 
 Item = TypeVar("Item")
@@ -73,27 +77,28 @@ class Loader(Generic[Item]):
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Item]:
-        iterator = iter(self._loader)
+        iterator = _started(self._loader)
+        notice = SlowNotice()
         try:
-            for _ in self._numbers:
-                item = self._next(iterator)
+            for number in self._numbers:
+                with notice.waiting_for(f"item {number} of the data"):
+                    item = self._next(iterator)
                 if isinstance(item, UserError):
                     raise item
                 yield item
         finally:
+            notice.close()
             if self._workers:  # also where the consumer stops early or fails: leave no process behind
                 iterator._shutdown_workers()  # pyright: ignore  (DataLoader has no public way)
 
     def _next(self, iterator: Iterator[Item | UserError]) -> Item | UserError:
         try:
             return next(iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # OSError: a batch whose memory went with its worker
+            codes = _exit_codes(iterator)
+            if not codes and "DataLoader worker" not in str(error):
                 raise
-            raise DataError(
-                "a loader worker was killed, most often for want of memory: lower data.workers or "
-                f"data.batch_size, or turn data.cache_decoded off. ({error})"
-            ) from error
+            raise DataError(f"{_cause_of_death(codes)} ({type(error).__name__}: {error})") from error
 
 
 class _Caught(Dataset[Item | UserError], Generic[Item]):
@@ -109,6 +114,39 @@ class _Caught(Dataset[Item | UserError], Generic[Item]):
             return error
 
 
+def _started(loader: DataLoader[Item]) -> Iterator[Item]:
+    """The loader's iterator, without the handler of SIGCHLD that torch installs: it raises wherever the trainer
+    happens to be, in the middle of an update too. A worker's death is found where its item is waited for, within 5 s.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
+def _exit_codes(iterator: Iterator[Any]) -> list[int]:
+    """Of the workers that failed; one that is being killed closes its connections a moment before it has a code."""
+    until = time.monotonic() + 2
+    while True:
+        codes = [worker.exitcode for worker in getattr(iterator, "_workers", []) if worker.exitcode]
+        if codes or time.monotonic() > until:
+            return codes
+        time.sleep(0.01)
+
+
+def _cause_of_death(codes: list[int]) -> str:
+    if -signal.SIGBUS in codes:
+        return (
+            f"a loader worker was killed because {_SHARED} is full: lower data.workers or data.batch_size, or give "
+            "the container more (docker run --shm-size=8g)."
+        )
+    return (
+        "a loader worker was killed, most often for want of memory: lower data.workers or data.batch_size, or turn "
+        "data.cache_decoded off. Then run again to go on."
+    )
+
+
 def _as_it_is(item: Item) -> Item:
     return item
 
@@ -120,6 +158,7 @@ def _set_up_worker(number: int) -> None:
 
 
 def _check_shared_memory(needed: int) -> None:
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # all processes of the node fill it
     if needed and _SHARED.is_dir() and (free := shutil.disk_usage(_SHARED).free) < needed:
         raise DataError(
             f"batches in flight need about {needed >> 20} MiB of {_SHARED}, which has {free >> 20} MiB: "

@@ -18,13 +18,12 @@ from typing import Any
 
 from rich.console import Console
 
+from clip_train.data.bad_samples import too_many
 from clip_train.data.pack_folder import Packed, finish, open_output, write_text
 from clip_train.data.pack_shard import Format, PictureOptions, Record, ShardRecord, Skipped, write_shard
 from clip_train.data.pack_sources import Fields, Source, choose, from_rows, records
 from clip_train.data.pack_workers import progress_bar, worker_pool
 from clip_train.errors import DataError
-
-_LEAST_BAD, _LEAST_SEEN = 8, 100  # a share of fewer says nothing; as in training
 
 
 def pack(
@@ -174,7 +173,7 @@ class _Budget:
         self.bad += len(record.skipped)
         self.seen += record.samples + len(record.skipped)
         self.first = (self.first + record.skipped)[:3]
-        if self.bad >= _LEAST_BAD and self.seen >= _LEAST_SEEN and self.bad > self.max_fraction * self.seen:
+        if too_many(self.bad, self.seen, self.max_fraction):
             first = "; ".join(f"{one.name}: {one.cause}" for one in self.first)
             raise DataError(
                 f"{self.bad} of {self.seen} samples could not be used, more than max_bad_fraction = "

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 
 from PIL import Image
 
+from clip_train.data.columns import MOST_CHARACTERS, is_blank
 from clip_train.data.decode import DecodeError, Pixels, decode, to_rgb
 from clip_train.errors import DataError
 
@@ -164,7 +165,9 @@ def read_captions(record: Record) -> list[str]:
         if text is not None and not isinstance(text, str):
             shown = f"{type(text).__name__} {str(text)[:40]!r}"
             raise SkippedError(f"its caption is {shown}: a text or a list of texts is wanted")
-    texts = [text.strip() for text in texts if text and text.strip()]
+        if text is not None and len(text) > MOST_CHARACTERS:
+            raise SkippedError(f"its caption has {len(text):,} characters, above {MOST_CHARACTERS:,}")
+    texts = [text.strip() for text in texts if text and not is_blank(text)]
     if not texts:
         raise SkippedError("its caption is empty")
     return texts

@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache as cached
 from pathlib import Path
@@ -29,6 +28,7 @@ from clip_train.data.cache import Cache
 from clip_train.data.index_files import ShardIndex, forget, keep, parse_index, recall
 from clip_train.data.listing import list_samples
 from clip_train.data.remote import INDEX_SUFFIX, PIPE, Found, base_name, is_remote
+from clip_train.data.waiting import side_by_side
 from clip_train.errors import DataError
 
 EMBEDDED = "embedded:"
@@ -173,14 +173,10 @@ def index_all(shards: Sequence[str], cache: Cache | None = None, show: bool = Fa
     Raises:
         DataError: as `index`, for the first that fails.
     """
-    pool = ThreadPoolExecutor(_AT_ONCE if any(map(is_remote, shards)) else 1)
-    try:
-        indexes = pool.map(lambda shard: index(shard, cache), shards)
-        silent = not show or not sys.stderr.isatty()
-        title, console = "listing shards", Console(stderr=True)
-        return list(track(indexes, title, len(shards), console=console, transient=True, disable=silent))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    indexes = side_by_side(lambda shard: index(shard, cache), shards, _AT_ONCE if any(map(is_remote, shards)) else 0)
+    silent = not show or not sys.stderr.isatty()
+    title, console = "listing shards", Console(stderr=True)
+    return list(track(indexes, title, len(shards), console=console, transient=True, disable=silent))
 
 
 def verify(index: ShardIndex, path: Path) -> None:
@@ -208,7 +204,7 @@ def _index_local(shard: str, size: int, modified: int, cache: Cache) -> ShardInd
         found = _beside_local(path, size, modified) or _list(shard, path)
         if len(found) >= _WORTH_KEEPING:
             keep(replace(found, shard=place, version=version), cache)
-    return replace(found, shard=shard, version="")
+    return replace(found, shard=shard, version=version)
 
 
 def _beside_local(path: Path, size: int, modified: int) -> ShardIndex | None:

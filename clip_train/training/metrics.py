@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from clip_train.errors import TrainingError
+
 
 class MetricsFile:
     """Appends one JSON object a line; on resume, drops the lines past the checkpoint."""
@@ -20,19 +22,31 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         """Keep only lines whose `step` is at most `resume_step`: the rest will be written again."""
         self.path = path
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= resume_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            partial.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        try:
+            if path.exists():
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if _step_of(line) <= resume_step]
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                partial.replace(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        data = (json.dumps(values) + "\n").encode()
+        try:
+            while data:  # a disk that fills up takes a part
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         self._file.close()
+
+
+def _unwritable(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(f"{path}: cannot be written: {error.strerror}. Free some space, then run again to go on.")
 
 
 def _step_of(line: str) -> float:

@@ -22,8 +22,9 @@ from clip_train.config.load import dump_recipe
 from clip_train.config.schema import Recipe
 from clip_train.data.bad_samples import BadSampleLog
 from clip_train.data.stream import Stream
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, DataError, UserError
 from clip_train.models.two_tower import TwoTower
+from clip_train.runtime import collectives
 from clip_train.runtime.parallel import separate_shards
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
@@ -74,7 +75,7 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
     optimizer = build_optimizer(recipe, model)
     separate_shards(optimizer)
     dry_run(recipe, model, wrapped, process, tokenizer)
-    stream = build_stream(recipe, tokenizer, rank=process.rank, world=process.world)
+    stream = agreed_stream(recipe, tokenizer, process)
     run = Run(
         recipe=recipe,
         run_dir=run_dir,
@@ -85,9 +86,7 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
         wrapped=wrapped,
         optimizer=optimizer,
         stream=stream,
-        bad_samples=BadSampleLog(
-            run_dir / "bad_samples.jsonl" if process.is_main else None, recipe.data.max_bad_fraction
-        ),
+        bad_samples=BadSampleLog(run_dir / "bad_samples.jsonl", recipe.data.max_bad_fraction, write=process.is_main),
     )
     state = restore(
         recipe,
@@ -102,10 +101,36 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
     )
     if state is not None:
         run.step = run.saved_step = state.step
-        run.bad_samples.bad, run.bad_samples.seen = state.bad_samples, state.samples
+        run.bad_samples.bad, run.bad_samples.seen = state.bad_samples, state.samples + state.bad_samples
     if process.is_main:
         (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     return run
+
+
+def agreed_stream(recipe: Recipe, tokenizer: BPETokenizer, process: Process) -> Stream:
+    """The training data, the same for all processes: nobody waits for one that cannot read it, and none sees other
+    shards than the rest (a pattern on disks of their own), which would repeat samples and lose others.
+
+    Raises UserError in all processes where one fails, or where they differ.
+    """
+    stream, failure = None, None
+    try:
+        stream = build_stream(recipe, tokenizer, rank=process.rank, world=process.world)
+    except UserError as error:
+        failure = error
+    views = collectives.gather_objects((str(failure or ""), "" if stream is None else stream.fingerprint))
+    if failure is not None:
+        raise failure
+    for rank, (message, fingerprint) in enumerate(views):
+        if message:
+            raise DataError(f"process {rank} cannot read its data: {message}")
+        if fingerprint != views[0][1]:
+            raise DataError(
+                f"process {rank} sees other shards than process 0 (fingerprints {fingerprint} and {views[0][1]}): "
+                "`shards` must name the same files everywhere. Put them on a shared disk, or copy all to each node."
+            )
+    assert stream is not None
+    return stream
 
 
 def dry_run(recipe: Recipe, model: TwoTower, wrapped: nn.Module, process: Process, tokenizer: BPETokenizer) -> None:

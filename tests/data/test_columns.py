@@ -8,6 +8,7 @@ from tars import write_tar
 
 from clip_train.data import columns
 from clip_train.data.columns import BadSampleError, Column
+from clip_train.data.files import ShardFiles
 from clip_train.data.shards import ShardIndex, index
 from clip_train.errors import DataError
 
@@ -45,7 +46,7 @@ def test_right_columns_pass(shard: ShardIndex) -> None:
 )
 def test_wrong_columns_stop_at_once(shard: ShardIndex, names: dict[str, str], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        columns.check_columns(shard, **names)
+        columns.check_columns(shard, **names)  # pyright: ignore[reportArgumentType]
     assert shard.shard in str(caught.value)
 
 
@@ -64,6 +65,12 @@ def test_captions() -> None:
     [
         (TEXT, "grün".encode("latin-1"), "not UTF-8 at byte 2"),
         (TEXT, b" \n", "empty"),
+        (TEXT, "\u3000\u00a0\u200b\ufeff".encode(), "empty"),
+        (TEXT, b"\0\1", "empty"),
+        (TEXT, b"&nbsp; &amp;nbsp;", "empty"),
+        (TEXT, b"x" * 100_001, "100,001 characters, above 100,000"),
+        (FIELD, b'{"c": [["a"]]}', r'its caption is \["a"\]'),
+        (FIELD, b'{"c": NaN}', "its caption is NaN"),
         (FIELD, b"{", "not JSON"),
         (FIELD, b"[" * 100_000, "not JSON"),
         (FIELD, b"[1]", "no field c"),
@@ -75,6 +82,20 @@ def test_captions() -> None:
 def test_bad_captions(column: Column, data: bytes, cause: str) -> None:
     with pytest.raises(BadSampleError, match=cause):
         columns.read_captions(column, data)
+
+
+def test_what_can_be_seen_is_no_blank() -> None:
+    for text in (".", "\u00e9", "\U0001f600", "&amp;", "a\0"):
+        assert columns.read_captions(TEXT, text.encode()) == [text]
+
+
+def test_a_member_too_large_to_be_read(tmp_path: Path) -> None:
+    """Not even tried: it would be read into memory whole."""
+    path = write_tar(tmp_path / "x.tar", [("a.txt", b"")])
+    one = index(str(path))
+    one.sizes[:] = 1 << 40
+    with pytest.raises(BadSampleError, match=r"has 1,099,511,627,776 bytes, above 536,870,912"):
+        columns.read(ShardFiles(), one, 0, (TEXT,))
 
 
 def test_labels() -> None:

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from clip_train.data.waiting import SlowNotice, side_by_side
+
+
+@pytest.mark.parametrize("threads", [0, 1, 8])
+def test_side_by_side_keeps_the_order_and_the_first_error(threads: int) -> None:
+    def inverse(number: int) -> float:
+        time.sleep(0.01 * (5 - number) * (threads > 1))  # the later ones are done first
+        return 1 / (number - 3)
+
+    assert list(side_by_side(inverse, range(3), threads)) == [-1 / 3, -1 / 2, -1]
+    found = side_by_side(inverse, range(100), threads)
+    assert [next(found) for _ in range(3)] == [-1 / 3, -1 / 2, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
+def test_a_long_wait_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    notice = SlowNotice(after=0.1)
+    with notice.waiting_for("quick"):
+        pass
+    with notice.waiting_for("item 7"):
+        time.sleep(0.9)
+    notice.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4  # after 0.1, 0.2, 0.4, 0.8 s, not each time it looks
+    assert all(line.startswith("still waiting for item 7 after") for line in lines)
