@@ -29,6 +29,7 @@ picture.
 # What Pillow may open: no format that starts other programs (EPS) or reads other files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 _ORIENTATION = 0x0112
+_APP1, _START_OF_SCAN = b"\xe1", b"\xda"
 
 
 class DecodeError(ValueError):
@@ -74,7 +75,19 @@ def shrinkable_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _is_upright_jpeg(data: bytes) -> bool:
-    return data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]  # an orientation is rare: Pillow's business
+    """Whether this is a JPEG without EXIF data, in which an orientation may be (rare, and Pillow's business).
+
+    Goes from segment to segment up to the first scan (ITU-T T.81, B.1.1): a search would look through the scans too.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return False
+    at = 2
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != _START_OF_SCAN:
+        if marker == _APP1 and data[at + 4 : at + 9] == b"Exif\0":
+            return False
+        # 0xff may be repeated before a marker
+        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
 
 
 def _decode_jpeg(data: bytes, shrink: int) -> Pixels:

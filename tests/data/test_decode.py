@@ -63,6 +63,18 @@ def test_only_upright_jpegs_may_be_shrunk() -> None:
     assert shrinkable_size(b"\xff\xd8\xff\x00 broken") is None
 
 
+def test_exif_is_looked_for_in_its_segment_alone() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(gradient("RGB"), "JPEG", exif=exif, comment=b"first")
+    far = turned[:2] + b"\xff\xfe\xff\xff" + bytes(0xFFFD) + b"\xff" + turned[2:]  # behind 64 KiB and a fill byte
+    for data in (turned, far):
+        assert shrinkable_size(data) is None
+        assert decode(data).shape == (40, 24, 3)
+    said = encoded(gradient("RGB"), "JPEG", comment=b"Exif\0\0 is what this is not")
+    assert shrinkable_size(said) == (40, 24)
+
+
 def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
     data = encoded(gradient("RGB", (200, 200)), "PNG")
     before = list(warnings.filters)
