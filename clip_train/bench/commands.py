@@ -30,6 +30,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_checkpoint_arguments(checkpoint)
     checkpoint.set_defaults(run=run_checkpoint)
 
+    loader = commands.add_parser("loader", help="reading, decoding and views beside open_clip's own loader")
+    add_loader_arguments(loader)
+    loader.set_defaults(run=run_loader)
+
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -118,5 +122,17 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_checkpoint(args: argparse.Namespace) -> int:
     from clip_train.bench.checkpoint import main
+
+    return main(args)
+
+
+def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
+    from clip_train.bench.loader import add_arguments
+
+    add_arguments(parser)
+
+
+def run_loader(args: argparse.Namespace) -> int:
+    from clip_train.bench.loader import main
 
     return main(args)
