@@ -44,6 +44,7 @@ from clip_train.runtime.parallel import Replicated, Sharded, parallelize
 from clip_train.runtime.process import Process
 from clip_train.training import optimizer as optimizers
 from clip_train.training import schedule as schedules
+from clip_train.training.average import WeightAverage
 from clip_train.training.layer_decay import layer_scales
 from clip_train.training.muon import Share
 from tokenizer import BPETokenizer
@@ -148,6 +149,12 @@ def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:
             return optimizers.muon(parameters, share=share_of_work(), **arguments)
         case _:
             assert_never(config)
+
+
+def build_average(recipe: Recipe, model: TwoTower) -> WeightAverage | None:
+    """The average of the weights, where the recipe keeps one."""
+    config = recipe.training.ema
+    return None if config is None else WeightAverage(model, **config.model_dump())
 
 
 def learning_rate_scales(recipe: Recipe, model: TwoTower) -> dict[str, float]:

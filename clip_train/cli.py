@@ -79,12 +79,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                           help="change the recipe's evaluation, e.g. evaluation.tasks.NAME.shards=…")  # fmt: skip
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="where eval.json goes; default: the run folder")
+    evaluate.add_argument("--weights", choices=["raw", "ema"], help="trained or averaged; default: as the recipe says")
     evaluate.set_defaults(run=run_eval)
 
     export = commands.add_parser("export", help="a checkpoint for open_clip, transformers, timm or ONNX Runtime")
     export.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
     export.add_argument("--to", required=True, choices=["open_clip", "transformers", "timm", "onnx"])
     export.add_argument("out", type=Path, help="a new folder")
+    export.add_argument("--weights", choices=["raw", "ema"], default="raw", help="trained (default) or averaged")
     export.set_defaults(run=run_export)
 
     bring_in = commands.add_parser("import", help="a model of open_clip, OpenAI or transformers as a checkpoint")
@@ -185,14 +187,15 @@ def run_quickstart(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     from clip_train.launch import run_evaluation
 
-    return run_evaluation(args.checkpoint, args.overrides, args.out, console)
+    weights = [] if args.weights is None else [f"evaluation.weights={args.weights}"]
+    return run_evaluation(args.checkpoint, [*args.overrides, *weights], args.out, console)
 
 
 def run_export(args: argparse.Namespace) -> int:
     from clip_train.export.run import export
     from clip_train.loading import load
 
-    parity = export(load(args.checkpoint), args.to, args.out, source=args.checkpoint)
+    parity = export(load(args.checkpoint, weights=args.weights), args.to, args.out, source=args.checkpoint)
     console.print(f"{args.out}: loaded again by {args.to}: {parity}", soft_wrap=True)
     return 0
 

@@ -34,7 +34,7 @@ class Estimate:
     text_flops: float
     """Forward FLOPs of a caption of the given length."""
     state_bytes: int
-    """Weights, gradients, Adam's moments."""
+    """Weights, gradients, the optimizer's moments, the average of the weights."""
     activation_bytes: int
     logit_bytes: int
     samples_per_second: float
@@ -80,13 +80,15 @@ def estimate(
     micro = min(recipe.training.micro_batch or share, share)
     width = 4 if recipe.training.precision == "fp32" else 2
     copies = 0 if width == 4 else width
+    moments = 4 if recipe.optimizer.kind == "lion" else 8
+    average = 0 if recipe.training.ema is None else 4
     return Estimate(
         image_parameters=parameter_count(model.image) + parameter_count(model.image_projection),
         text_parameters=parameter_count(model.text) + parameter_count(model.text_projection),
         parameters=parameters,
         image_flops=flops.image,
         text_flops=flops.text,
-        state_bytes=parameters * (4 + 4 + 8 + copies),
+        state_bytes=parameters * (4 + 4 + moments + average + copies),
         activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(recipe, tokens))),
         # Both directions: logits, their softmax and its gradient, fp32, local rows by everybody's columns.
         logit_bytes=2 * 3 * 4 * share * batch,

@@ -21,7 +21,7 @@ from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError, ConfigError
 from clip_train.evaluation.embed import embed
 from clip_train.evaluation.run import evaluate
-from clip_train.loading import LoadedModel, load_checkpoint
+from clip_train.loading import LoadedModel, load_checkpoint, read_recipe
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import unsharded
@@ -133,8 +133,8 @@ def run_embedding(
 def run_evaluation(path: Path, overrides: Sequence[str], out: Path | None, console: Console) -> int:
     """Evaluate a run folder or a checkpoint by its recipe's tasks, as overridden."""
     checkpoint = read_checkpoint(path)
-    loaded = load_checkpoint(checkpoint)
-    recipe = set_values(loaded.recipe, overrides)
+    recipe = set_values(read_recipe(checkpoint), overrides)
+    loaded = load_checkpoint(checkpoint, weights=recipe.evaluation.weights)
     if not recipe.evaluation.tasks:
         raise CheckpointError(
             f"{path}: its recipe has no [evaluation.tasks.NAME]; add one with --set evaluation.tasks…"

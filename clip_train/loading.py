@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -59,23 +59,46 @@ class LoadedModel:
         return self.encode_image(images) @ self.encode_text(texts).T
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+Weights = Literal["raw", "ema"]
+"""The trained ones, or their moving average (of runs with `[training.ema]`)."""
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", *, weights: Weights = "raw") -> LoadedModel:
     """Load a checkpoint, or the newest one of a run folder, for inference.
 
-    Raises CheckpointError where there is none, or it is damaged.
+    Raises CheckpointError where there is none, it is damaged, or it lacks the average that `weights` asks for.
     """
-    return load_checkpoint(read_checkpoint(Path(path)), device)
+    return load_checkpoint(read_checkpoint(Path(path)), device, weights=weights)
 
 
-def load_checkpoint(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> LoadedModel:
+def load_checkpoint(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", *, weights: Weights = "raw"
+) -> LoadedModel:
     """The model of a checkpoint that was read."""
-    recipe = parse_toml(checkpoint.recipe_toml, where=str(checkpoint.path / "recipe.toml"))
+    recipe = read_recipe(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
     load_weights(model, checkpoint, assign=True)
+    if weights == "ema":
+        if recipe.training.ema is None:
+            raise CheckpointError(f"{checkpoint.path}: holds no averaged weights; runs with [training.ema] keep them")
+        load_average(model, checkpoint)
     model.to(device).eval()
     return LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, checkpoint.state.step)
+
+
+def read_recipe(checkpoint: Checkpoint) -> Recipe:
+    """The recipe that travels with a checkpoint."""
+    return parse_toml(checkpoint.recipe_toml, where=str(checkpoint.path / "recipe.toml"))
+
+
+def load_average(model: TwoTower, checkpoint: Checkpoint) -> None:
+    """Put the averaged weights in the place of the trained ones; buffers stay."""
+    averaged = checkpoint.average()
+    if averaged.keys() != {name for name, _ in model.named_parameters()}:
+        raise CheckpointError(f"{checkpoint.path}: damaged: its average is not of this model; use an earlier one")
+    model.load_state_dict(averaged, strict=False, assign=True)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> BPETokenizer:

@@ -341,6 +341,13 @@ class FSDP(Section):
     """Keep the parts in host memory and update them there (GPUs only)."""
 
 
+class EMA(Section):
+    """An exponential moving average of the weights, beside them (`evaluation.weights`, `clip_train.load`, export)."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9999
+    """Share of the average that an update keeps; less in the first updates: at most (1 + t) / (10 + t) after t."""
+
+
 class Training(Section):
     """The loop."""
 
@@ -366,6 +373,8 @@ class Training(Section):
     memory."""
     sync_batch_norm: bool = False
     """BatchNorm of a ResNet over the rows of all processes instead of each its own (GPUs only)."""
+    ema: EMA | None = None
+    """Keep an average of the weights: `[training.ema]`, or `--set training.ema.decay=0.9999`."""
     parallel: Annotated[DDP | FSDP, Field(discriminator="kind")] = DDP()
     """How the model is spread over several processes."""
 
@@ -456,6 +465,8 @@ class Evaluation(Section):
     tasks: dict[str, Task] = {}
     every_steps: NonNegativeInt = 0
     """0 evaluates only at the end."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights are measured: the trained ones or their average (`training.ema`)."""
     batch_size: PositiveInt = 256
 
 
@@ -490,6 +501,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        if self.evaluation.weights == "ema" and self.training.ema is None:
+            raise ValueError("evaluation.weights = 'ema' needs an average to measure: add [training.ema]")
         if self.training.sync_batch_norm and self.image.kind != "resnet":
             raise ValueError("training.sync_batch_norm is for image.kind = 'resnet': there is no BatchNorm elsewhere")
         if self.training.parallel.kind == "fsdp" and self.optimizer.kind in ("muon", "lamb"):

@@ -2,7 +2,8 @@
 
     checkpoints/step_1000/
         model.safetensors       weights and buffers, or model/shard-*.safetensors (`sharded.py`)
-        optimizer.safetensors   `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, or optimizer/shard-*.safetensors
+        optimizer.safetensors   `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, or optimizer/shard-*.safetensors;
+                                `ema/NAME`, the averaged weights
         state.json              step, samples, fingerprints, scaler, versions
         recipe.toml             the resolved recipe
         tokenizer.json          the vocabulary
@@ -32,6 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from clip_train.errors import CheckpointError, TrainingError
 from clip_train.training import sharded
+from clip_train.training.average import PREFIX
 
 FORMAT = 1
 FILES = ("state.json", "recipe.toml", "tokenizer.json")
@@ -69,6 +71,15 @@ class Checkpoint:
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's whole tensors by kind and name."""
         return self._whole("optimizer")
+
+    def average(self) -> dict[str, Tensor]:
+        """The averaged weights by name, whole; none where the run kept no average."""
+
+        def targets(shapes: sharded.Shapes, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+            kept = [key for key in shapes if key.startswith(PREFIX)]
+            return {key: torch.empty(shapes[key], dtype=dtypes[key]) for key in kept}
+
+        return {key.removeprefix(PREFIX): tensor for key, tensor in self.read_into("optimizer", targets).items()}
 
     def _whole(self, kind: str) -> dict[str, Tensor]:
         if self.state.shards:

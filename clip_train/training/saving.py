@@ -94,7 +94,7 @@ class Saver:
         self._failure = ""
         # Its own group: the writing threads talk while training uses the other one.
         self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo")) if sharded else None
-        self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
 
     def __enter__(self) -> Saver:
         return self
@@ -162,7 +162,8 @@ class Saver:
                 raise TrainingError(message)
         self.stalled += time.perf_counter() - started
 
-    def _wait_for_copy(self) -> None:
+    def wait_for_copy(self) -> None:
+        """Until what a save keeps may change."""
         if not self._copied.is_set():
             started = time.perf_counter()
             self._copied.wait()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from clip_train.build import (
+    build_average,
     build_model,
     build_objective,
     build_optimizer,
@@ -28,6 +29,7 @@ from clip_train.runtime import collectives
 from clip_train.runtime.parallel import separate_shards
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
+from clip_train.training.average import PREFIX, WeightAverage
 from clip_train.training.initial import load_initial
 from clip_train.training.optimizer import load_named_state
 from clip_train.training.resume import restore
@@ -47,6 +49,7 @@ class Run:
     model: TwoTower
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
     stream: Stream
     bad_samples: BadSampleLog
     step: int = 0
@@ -74,6 +77,7 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
     wrapped = build_parallel(recipe, model, process)
     optimizer = build_optimizer(recipe, model)
     separate_shards(optimizer)
+    average = build_average(recipe, model)
     dry_run(recipe, model, wrapped, process, tokenizer)
     stream = agreed_stream(recipe, tokenizer, process)
     run = Run(
@@ -85,6 +89,7 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
+        average=average,
         stream=stream,
         bad_samples=BadSampleLog(run_dir / "bad_samples.jsonl", recipe.data.max_bad_fraction, write=process.is_main),
     )
@@ -93,7 +98,7 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
         run_dir,
         resume,
         model=model,
-        load_optimizer=lambda tensors: load_named_state(optimizer, model, tensors),
+        load_optimizer=lambda tensors: load_state(run, tensors),
         scaler=process.scaler,
         data_fingerprint=stream.fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -131,6 +136,14 @@ def agreed_stream(recipe: Recipe, tokenizer: BPETokenizer, process: Process) -> 
             )
     assert stream is not None
     return stream
+
+
+def load_state(run: Run, tensors: dict[str, Tensor]) -> None:
+    """The optimizer's tensors of a checkpoint, and the average's, to where they belong."""
+    averaged = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    load_named_state(run.optimizer, run.model, {k: tensor for k, tensor in tensors.items() if k not in averaged})
+    if run.average is not None:
+        run.average.load(averaged)
 
 
 def dry_run(recipe: Recipe, model: TwoTower, wrapped: nn.Module, process: Process, tokenizer: BPETokenizer) -> None:

@@ -85,7 +85,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     progress = TrainingProgress(run.console, total=steps, done=run.step, enabled=process.is_main)
     interval = Interval.begin()
     if run.step == steps and recipe.evaluation.tasks and not is_evaluated(run):
-        evaluate(run.model, run.tokenizer, run.step)  # a run that was cut between its last save and the end
+        measure(run, evaluate, saver)  # a run that was cut between its last save and the end
     run.model.train()
     with progress:
         batches = iter(build_loader(recipe, run.stream, run.step, pin_memory=process.device.type == "cuda"))
@@ -111,6 +111,9 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                 raise explain_failure(run, batch, error) from None
             run.model.clamp_logit_scale_()
             run.step += 1
+            if run.average is not None:
+                saver.wait_for_copy()  # of an update that was skipped, nothing has waited
+                run.average.update(run.step)
             interval.steps += 1
             interval.samples += len(batch)
             interval.tokens += int(batch.ids.numel())
@@ -150,7 +153,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
             if last or stopped or unsaved:
                 saver.finish()
             if not stopped and should_evaluate(run, last=last):
-                figures = evaluate(run.model, run.tokenizer, run.step)
+                figures = measure(run, evaluate, saver)
                 run.model.train()
                 if process.is_main:
                     trackers.log(figures, run.step)
@@ -222,6 +225,15 @@ def should_evaluate(run: Run, *, last: bool) -> bool:
     return bool(policy.tasks) and (last or (policy.every_steps > 0 and run.step % policy.every_steps == 0))
 
 
+def measure(run: Run, evaluate: Evaluate, saver: Saver) -> Mapping[str, float]:
+    """Evaluate the weights that the recipe names."""
+    if run.average is None or run.recipe.evaluation.weights == "raw":
+        return evaluate(run.model, run.tokenizer, run.step)
+    saver.wait_for_copy()
+    with run.average.in_place_of_weights():
+        return evaluate(run.model, run.tokenizer, run.step)
+
+
 def is_evaluated(run: Run) -> bool:
     """Whether this step's evaluation is on disk; the first process's view counts."""
     path = run.run_dir / "evals.jsonl"
@@ -264,4 +276,7 @@ def save(run: Run, saver: Saver) -> None:
             "accelerate": accelerate.__version__,
         },
     )
-    saver.save(state, run.model.state_dict(), named_state(run.optimizer, run.model), dict(run.model.named_buffers()))
+    tensors = named_state(run.optimizer, run.model)
+    if run.average is not None:
+        tensors |= run.average.named_state()
+    saver.save(state, run.model.state_dict(), tensors, dict(run.model.named_buffers()))
