@@ -28,6 +28,7 @@ from clip_train.config.schema import (
 from clip_train.data.batch import Batch
 from clip_train.data.cache import Cache, default_folder
 from clip_train.data.loader import Loader
+from clip_train.data.order import Order
 from clip_train.data.stream import Stream, open_source
 from clip_train.data.transforms import Augment, Preprocess
 from clip_train.errors import ConfigError
@@ -173,9 +174,19 @@ def share_of_work() -> Share | None:
     return None if world == 1 else Share(collectives.rank(), world, collectives.add_up_)
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The learning rate of the update after `step` updates."""
-    config, lr, steps = recipe.schedule, recipe.optimizer.lr, recipe.training.steps
+def total_steps(recipe: Recipe, order: Order) -> int:
+    """Steps of the whole run: as given, or as many as the epochs take, the last batch filled up."""
+    if recipe.training.steps is not None:
+        return recipe.training.steps
+    assert recipe.training.epochs is not None
+    step, samples = order.origin
+    left = recipe.training.epochs * order.samples - samples
+    return step + max(0, -(-left // order.batch_size))
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """The learning rate of the update after `step` of `steps` updates."""
+    config, lr = recipe.schedule, recipe.optimizer.lr
     arguments = config.model_dump(exclude={"kind"})
     match config:
         case Cosine():
@@ -234,12 +245,14 @@ def build_cache(recipe: Recipe) -> Cache:
     )
 
 
-def build_loader(recipe: Recipe, stream: Stream, first_step: int, *, pin_memory: bool = False) -> Loader[Batch]:
-    """Batches of the steps from `first_step` to the last, read ahead by the recipe's workers."""
+def build_loader(
+    recipe: Recipe, stream: Stream, first_step: int, steps: int, *, pin_memory: bool = False
+) -> Loader[Batch]:
+    """Batches of the steps from `first_step` to the last of `steps`, read ahead by the recipe's workers."""
     size = recipe.image.image_size
     return Loader(
         stream,
-        range(first_step, recipe.training.steps),
+        range(first_step, steps),
         workers=recipe.data.workers,
         pin_memory=pin_memory,
         item_bytes=3 * size * size * stream.batch_size // stream.world,

@@ -39,7 +39,8 @@ class Estimate:
     logit_bytes: int
     samples_per_second: float
     """Of all devices."""
-    samples: int
+    samples: int | None
+    """To be seen; None where the recipe counts epochs, since nobody has looked at the data."""
 
     @property
     def training_flops(self) -> float:
@@ -51,8 +52,8 @@ class Estimate:
         return self.state_bytes + self.activation_bytes + self.logit_bytes
 
     @property
-    def days(self) -> float:
-        return self.samples / self.samples_per_second / 86_400
+    def days(self) -> float | None:
+        return None if self.samples is None else self.samples / self.samples_per_second / 86_400
 
 
 def estimate(
@@ -67,7 +68,7 @@ def estimate(
     """Costs of a recipe on `devices` devices of `peak_flops` FLOP/s at a model FLOPs utilisation of `mfu`.
 
     `tokens` is the mean caption length (default: the cap, as if nothing were trimmed); `samples` defaults to the
-    recipe's steps times its batch.
+    recipe's steps times its batch, and is unknown where it counts epochs.
     """
     tokenizer = build_tokenizer(recipe)
     with torch.device("meta"):
@@ -93,7 +94,7 @@ def estimate(
         # Both directions: logits, their softmax and its gradient, fp32, local rows by everybody's columns.
         logit_bytes=2 * 3 * 4 * share * batch,
         samples_per_second=devices * peak_flops * mfu / (3 * flops.total),
-        samples=samples or recipe.training.steps * batch,
+        samples=samples or (recipe.training.steps * batch if recipe.training.steps else None),
     )
 
 
@@ -154,9 +155,12 @@ def main(recipe: Recipe, args: argparse.Namespace, console: Console) -> int:
         "  activations": f"{cost.activation_bytes / GiB:,.2f} GiB",
         "  logits": f"{cost.logit_bytes / GiB:,.2f} GiB",
         "samples/s": f"{cost.samples_per_second:,.0f}",
-        "samples": f"{cost.samples:,}",
-        "time": f"{cost.days:,.1f} days" if cost.days >= 2 else f"{24 * cost.days:,.1f} hours",
     }
+    if cost.samples is None or cost.days is None:
+        rows["samples"] = f"{recipe.training.epochs} epochs (give --samples)"
+    else:
+        rows["samples"] = f"{cost.samples:,}"
+        rows["time"] = f"{cost.days:,.1f} days" if cost.days >= 2 else f"{24 * cost.days:,.1f} hours"
     for label, value in rows.items():
         table.add_row(label, value)
     console.print(table)

@@ -130,6 +130,11 @@ class BPETokenizer:
         Raises:
             ValueError: `texts` is one string, or one of them is not a string.
         """
+        ids, lengths, _ = self.encode_counting_cuts(texts)
+        return ids, lengths
+
+    def encode_counting_cuts(self, texts: Iterable[str]) -> tuple[Ids, NDArray[np.int32], int]:
+        """As `encode_batch`, and how many captions lost their end to the cap."""
         if isinstance(texts, str | bytes):
             raise ValueError("encode_batch takes a list of captions, not one string: pass [text]")
         word = self._words.__getitem__
@@ -148,11 +153,13 @@ class BPETokenizer:
             for text in texts
         ]
         sizes = np.fromiter(map(len, bodies), dtype=np.int32, count=len(bodies))
+        cut = 0
         if sizes.max(initial=0) > longest:
+            cut = int((sizes > longest).sum())
             bodies = [body[:longest] for body in bodies]
             sizes = np.minimum(sizes, np.int32(longest))
         packed = sot + (eot + sot).join(bodies) + eot if bodies else b""
-        return np.frombuffer(packed, dtype=_PACKED).astype(np.int32), sizes // np.int32(4) + np.int32(2)
+        return np.frombuffer(packed, dtype=_PACKED).astype(np.int32), sizes // np.int32(4) + np.int32(2), cut
 
     def padded(self, ids: Ids, lengths: NDArray[np.int32], width: int | None = None) -> Ids:
         """Concatenated ids as rows: int32 `(N, width)`, filled up with `pad`; width: the longest caption's if None."""

@@ -18,6 +18,10 @@ from clip_train.errors import ConfigError
 Tree = dict[str, Any]
 
 
+EITHER = (("training", "steps", "epochs"),)
+"""A table, and keys of it that stand for each other: the one that is given last, counts."""
+
+
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a path, or the name of a shipped one (`quickstart`), with `key=value` overrides on top.
 
@@ -112,7 +116,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     base = path.parent / str(parent)
     if not base.is_file():
         raise ConfigError(f"{path}: extends {parent!r}, but there is no file {base}")
-    return _merge(_read(base, (*seen, path)), tree)
+    below = _read(base, (*seen, path))
+    for table, *keys in EITHER:
+        _drop_others(below.get(table), tree.get(table), keys)
+    return _merge(below, tree)
+
+
+def _drop_others(below: Any, top: Any, keys: list[str]) -> None:
+    """Where `top` gives one of the alternatives, take them all out of what lies below it."""
+    if isinstance(below, dict) and isinstance(top, dict) and any(key in top for key in keys):
+        for key in keys:
+            cast(Tree, below).pop(key, None)
 
 
 def _merge(base: Tree, top: Tree) -> Tree:
@@ -141,6 +155,9 @@ def _apply_override(tree: Tree, override: str) -> None:
             raise ConfigError(f"override {override!r}: {part!r} is a value, not a table")
         node = cast(Tree, child)
     value = _parse_value(text)
+    for table, *keys in EITHER:
+        if parts[:-1] == [table] and parts[-1] in keys and value is not None:
+            _drop_others(node, {parts[-1]: value}, keys)
     if parts[-1] == "kind" and node.get("kind") != value:
         node.clear()  # another kind has other keys
     if value is None:

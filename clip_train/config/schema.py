@@ -351,8 +351,10 @@ class EMA(Section):
 class Training(Section):
     """The loop."""
 
-    steps: PositiveInt
+    steps: PositiveInt | None = None
     """Optimizer steps of the whole run; resuming does not change it."""
+    epochs: PositiveInt | None = None
+    """In place of `steps`: passes over all samples. The last batch is filled up from the pass that would follow."""
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the towers; weights, optimizer, features and loss stay fp32. fp16 scales the loss."""
@@ -377,6 +379,12 @@ class Training(Section):
     """Keep an average of the weights: `[training.ema]`, or `--set training.ema.decay=0.9999`."""
     parallel: Annotated[DDP | FSDP, Field(discriminator="kind")] = DDP()
     """How the model is spread over several processes."""
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give training.steps or training.epochs, one of them (`--set KEY=none` takes one away)")
+        return self
 
     @model_validator(mode="after")
     def _fits_parallel(self) -> Training:

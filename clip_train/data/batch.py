@@ -16,8 +16,10 @@ from torch import Tensor
 class Tokenizer(Protocol):
     """What the stream needs of a tokenizer."""
 
-    def encode_batch(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Texts -> the concatenated ids of all, SOT and EOT included, and the number of ids of each."""
+    def encode_counting_cuts(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+        """Texts -> the concatenated ids of all, SOT and EOT included, the number of ids of each, and how many texts
+        were cut at the longest length.
+        """
         ...
 
 
@@ -48,6 +50,8 @@ class Batch:
     """Name of each sample's source."""
     skipped: list[BadSample]
     """Samples that could not be used and were replaced."""
+    captions_cut: int = 0
+    """Captions of these rows that were longer than the tokenizer's cap."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -160,15 +160,16 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_order(args: argparse.Namespace) -> int:
     # Above this package, and slow (torch): a command may reach up, the modules here may not.
-    from clip_train.build import build_stream, build_tokenizer
+    from clip_train.build import build_stream, build_tokenizer, total_steps
     from clip_train.config import load_recipe
     from clip_train.data.inspect_order import listing, parse_steps
 
     steps = parse_steps(args.steps)
     recipe = load_recipe(args.recipe, args.overrides)
     stream = build_stream(recipe, build_tokenizer(recipe))
-    if steps[-1] > recipe.training.steps:
-        note = f"note: the recipe ends with step {recipe.training.steps} (training.steps)"
+    last = total_steps(recipe, stream.order)
+    if steps[-1] > last:
+        note = f"note: the recipe ends with step {last} (training.{'epochs' if recipe.training.epochs else 'steps'})"
         Console(stderr=True, highlight=False).print(note, soft_wrap=True)
     workers = recipe.data.workers if args.workers is None else args.workers
     for line in listing(

@@ -92,7 +92,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
 
     Args:
         sources: one or more sources. Their weights are all given, or none.
-        tokenizer: anything with `encode_batch`.
+        tokenizer: anything with `encode_counting_cuts`.
         augment: the random views of sources without their own; its `size` is the pictures' side.
         seed: all order and augmentation is a function of it.
         batch_size: samples in a global batch.
@@ -170,7 +170,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         filled = self._threads.map(fill, range(local))
         used = [position for position, _, _ in filled]
         captions = [texts[int(choice) % len(texts)] for (_, texts, _), choice in zip(filled, choices, strict=True)]
-        ids, lengths = self.tokenizer.encode_batch(captions)
+        ids, lengths, cut = self.tokenizer.encode_counting_cuts(captions)
         return Batch(
             images=self._views(images, draws, positions),
             ids=torch.from_numpy(ids.astype(np.int32, copy=False)),
@@ -180,6 +180,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
             keys=[self._index(position).key(position.sample) for position in used],
             sources=[self.sources[position.source].name for position in used],
             skipped=[bad for _, _, skipped in filled for bad in skipped],
+            captions_cut=cut,
         )
 
     def captions(self, step: int) -> list[str]:

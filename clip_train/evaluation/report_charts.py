@@ -88,6 +88,13 @@ def curves(run: Run, images: dict[str, bytes]) -> str:
     if "loss" in c:
         chance = (math.log(batch), f"chance, ln {batch:,}") if isinstance(batch, int) and batch > 1 else None
         items.append(Panel("Loss", {"loss": c["loss"]}, reference=chance, smooth=True))
+    by_source = {
+        name.removeprefix("sources/").removesuffix("/loss"): series
+        for name, series in c.items()
+        if name.startswith("sources/") and name.endswith("/loss")
+    }
+    if by_source:
+        items.append(Panel("Loss by source", by_source, smooth=True))
     accuracy = {
         name.replace("accuracy", "")
         .replace("_", " ")

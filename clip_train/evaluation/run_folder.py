@@ -6,6 +6,7 @@ import json
 import math
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -123,12 +124,21 @@ def _series(lines: list[dict[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
             by_step.setdefault(float(line["step"]), {}).update(line)
     found: dict[str, tuple[list[float], list[float]]] = {}
     for step in sorted(by_step):
-        for name, value in by_step[step].items():
+        for name, value in _flat(by_step[step]):
             if name != "step" and _is_number(value):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(float(value))
     return {name: (np.array(steps), np.array(values)) for name, (steps, values) in found.items()}
+
+
+def _flat(line: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A line of metrics, its figures by source as `sources/NAME/loss`."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", below) for inner, below in _flat(cast("dict[str, Any]", value)))
+        else:
+            yield name, value
 
 
 def _read_figures(path: Path, notes: list[str]) -> dict[str, float]:

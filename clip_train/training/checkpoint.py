@@ -49,6 +49,7 @@ class State:
     data_fingerprint: str
     tokenizer_fingerprint: str
     bad_samples: int = 0
+    captions_cut: int = 0
     shards: int = 0
     """Files that each kind of tensors is cut into; 0 for one whole file."""
     scaler: dict[str, Any] = field(default_factory=dict[str, Any])

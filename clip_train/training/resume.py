@@ -34,6 +34,7 @@ FREE = (
     "training.activation_checkpointing",
     "training.parallel.",
     "training.steps",
+    "training.epochs",
     "training.init",  # what the first step started from; a checkpoint goes on from itself
 )
 
@@ -87,9 +88,10 @@ def check_same_run(
     """Refuse to go on with another model, data, order or vocabulary."""
     old = parse_toml(checkpoint.recipe_toml, where=str(checkpoint.path / "recipe.toml"))
     changed = differences(old, recipe)
-    if "training.steps" in changed:
-        before, now = changed["training.steps"]
-        notify(f"training.steps changes from {before} to {now}: learning rates follow the new length from here on")
+    for key in ("training.steps", "training.epochs"):
+        if key in changed:
+            before, now = changed[key]
+            notify(f"{key} changes from {before} to {now}: learning rates follow the new length from here on")
     wrong = [
         f"{key}: {before!r} in the checkpoint, {now!r} now"
         for key, (before, now) in changed.items()
@@ -99,8 +101,6 @@ def check_same_run(
         wrong.append("the shards hold other samples than those the checkpoint was trained on")
     if checkpoint.state.tokenizer_fingerprint != tokenizer_fingerprint:
         wrong.append("tokenizer.path is another vocabulary")
-    if recipe.training.steps < checkpoint.state.step:
-        wrong.append(f"training.steps = {recipe.training.steps}, but the checkpoint is at {checkpoint.state.step}")
     if wrong:
         raise CheckpointError(
             f"{checkpoint.path} is of another run: {'; '.join(wrong)}. Give these values again, or start afresh with "

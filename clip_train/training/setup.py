@@ -18,6 +18,7 @@ from clip_train.build import (
     build_parallel,
     build_stream,
     build_tokenizer,
+    total_steps,
 )
 from clip_train.config.load import dump_recipe
 from clip_train.config.schema import Recipe
@@ -53,8 +54,20 @@ class Run:
     stream: Stream
     bad_samples: BadSampleLog
     step: int = 0
+    captions_cut: int = 0
+    """Captions longer than the tokenizer's cap, in this process; what came before a resume is in the first one."""
     saved_step: int = -1
     saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return total_steps(self.recipe, self.stream.order)
+
+    @property
+    def samples(self) -> int:
+        """Consumed so far: the number of the sample that comes next."""
+        return self.stream.order.first(self.step)
 
     @property
     def local_batch(self) -> int:
@@ -107,6 +120,11 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
     if state is not None:
         run.step = run.saved_step = state.step
         run.bad_samples.bad, run.bad_samples.seen = state.bad_samples, state.samples + state.bad_samples
+        run.captions_cut = state.captions_cut if process.is_main else 0
+        if run.steps < run.step:
+            raise ConfigError(
+                f"the recipe ends with step {run.steps}, but the checkpoint is at {run.step}: train longer"
+            )
     if process.is_main:
         (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     return run

@@ -40,6 +40,7 @@ from clip_train.training.progress import TrainingProgress
 from clip_train.training.saving import Saver
 from clip_train.training.setup import Run, set_up
 from clip_train.training.signals import StopFlag, stop_signals
+from clip_train.training.tally import SourceTally, flatten
 from clip_train.training.update import Inputs, train_step
 from tokenizer import BPETokenizer
 
@@ -71,7 +72,7 @@ def train(
 def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     """Update until the last step or a signal."""
     recipe, process = run.recipe, run.process
-    steps, every = recipe.training.steps, recipe.logging.every_steps
+    steps, every = run.steps, recipe.logging.every_steps
     objective = build_objective(recipe)
     image_cost = image_flops(run.model.image, pooled_only=True)
     peak = measured_peak_flops(process.device, recipe.training.precision) * process.world
@@ -83,17 +84,17 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
         config=recipe.model_dump(mode="json"),
     )
     progress = TrainingProgress(run.console, total=steps, done=run.step, enabled=process.is_main)
-    interval = Interval.begin()
+    interval, sources = Interval.begin(), SourceTally(list(recipe.data.sources), process.device)
     if run.step == steps and recipe.evaluation.tasks and not is_evaluated(run):
         measure(run, evaluate, saver)  # a run that was cut between its last save and the end
     run.model.train()
     with progress:
-        batches = iter(build_loader(recipe, run.stream, run.step, pin_memory=process.device.type == "cuda"))
+        batches = iter(build_loader(recipe, run.stream, run.step, steps, pin_memory=process.device.type == "cuda"))
         while run.step < steps:
             waiting = time.perf_counter()
             batch = next_batch(batches, run)
             interval.waited += time.perf_counter() - waiting
-            lr = learning_rate(recipe, run.step)
+            lr = learning_rate(recipe, run.step, steps)
             try:
                 result = train_step(
                     run.wrapped,
@@ -117,13 +118,17 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
             interval.steps += 1
             interval.samples += len(batch)
             interval.tokens += int(batch.ids.numel())
+            sources.add(batch.sources, result.rows)
+            run.captions_cut += batch.captions_cut
             progress.advance()
 
             last = run.step == steps
             if run.step % every == 0 or last or run.step == 1:
                 names = ["loss", *result.stats]
                 values = [result.loss, *result.stats.values()]
-                means = collectives.sum_over_processes([float(v) / process.world for v in values], process.device)
+                means = [float(value) / process.world for value in values]
+                *means, cut = collectives.sum_over_processes([*means, run.captions_cut], process.device)
+                by_source = sources.read()
                 digest = collectives.sum_modulo_2_63(batch.digest_part(), process.device)
                 rates = interval.rates(process.world)
                 forward = image_cost + text_flops(run.model.text, interval.tokens / interval.samples, pooled_only=True)
@@ -136,13 +141,15 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                     **rates,
                     "mfu": 3 * forward * rates["samples_per_second"] / peak,
                     "batch": f"{digest:016x}",
-                    "samples": run.step * recipe.data.batch_size,
-                    "epoch": run.step * recipe.data.batch_size / run.stream.samples,
+                    "samples": run.samples,
+                    "epoch": run.samples / run.stream.samples,
                     "bad_samples": run.bad_samples.bad,
+                    "captions_cut": int(cut),
+                    **({"sources": by_source} if by_source else {}),
                 }
                 if metrics is not None:
                     metrics.write(line)
-                    trackers.log(line, run.step)
+                    trackers.log(flatten(line), run.step)
                     progress.show(line)
                 interval = Interval.begin()
 
@@ -263,12 +270,14 @@ def save(run: Run, saver: Saver) -> None:
         return
     run.saved_step = run.step
     scaler = run.process.scaler
+    [captions_cut] = collectives.sum_over_processes([run.captions_cut], run.process.device)
     state = State(
         step=run.step,
-        samples=run.step * run.recipe.data.batch_size,
+        samples=run.samples,
         data_fingerprint=run.stream.fingerprint,
         tokenizer_fingerprint=run.tokenizer.fingerprint,
         bad_samples=run.bad_samples.bad,
+        captions_cut=int(captions_cut),
         scaler={} if scaler is None else scaler.state_dict(),
         versions={
             "python": platform.python_version(),

@@ -71,6 +71,8 @@ class StepResult:
     """Norm of the averaged gradient before clipping."""
     logit_scale: float
     """Scale that the loss used."""
+    rows: Tensor | None
+    """(b,) loss of each pair, where the objective tells."""
 
 
 def train_step(
@@ -103,7 +105,7 @@ def train_step(
     else:  # the scaler skips non-finite updates and lowers its scale
         scaler.step(optimizer)
         scaler.update()
-    return StepResult(loss.total.detach(), loss.stats, norm, logit_scale)
+    return StepResult(loss.total.detach(), loss.stats, norm, logit_scale, loss.rows)
 
 
 def backward(

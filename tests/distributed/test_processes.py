@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics_of, run_cli, torchrun
+from conftest import caption, metrics_of, run_cli, torchrun
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tokenizer import BPETokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gradients import REFERENCE, Case, matrix, pairs, variants
@@ -67,6 +69,12 @@ def test_compressed_gradients_are_rounded_to_bf16(gradients: dict[int, Path]) ->
 def test_a_run_on_two_processes_sees_and_learns_the_same(
     tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
 ) -> None:
+    folder = recipe_tree["data"]["sources"].pop("s")["shards"].rpartition("/")[0]
+    for name, shards in (("small", "train-0.tar"), ("large", "train-[12].tar")):
+        recipe_tree["data"]["sources"][name] = {"shards": f"{folder}/{shards}", "image": "png"}
+    recipe_tree["tokenizer"] = {"context_length": 7}
+    del recipe_tree["training"]["steps"]
+    recipe_tree["training"]["epochs"] = 2
     recipe = write_recipe(recipe_tree)
     one, two = tmp_path / "one", tmp_path / "two"
     done = run_cli("train", str(recipe), "--run-dir", str(one))
@@ -77,6 +85,22 @@ def test_a_run_on_two_processes_sees_and_learns_the_same(
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a["batch"] == b["batch"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["captions_cut"] == b["captions_cut"]
+        for name in ("small", "large"):
+            assert a["sources"][name]["samples"] == b["sources"][name]["samples"]
+            assert a["sources"][name]["loss"] == pytest.approx(b["sources"][name]["loss"], rel=1e-4)
+        # Lines are written every step: a source's mean loss, weighted by its samples, is the loss of the batch.
+        for line in (a, b):
+            parts = list(line["sources"].values())
+            assert sum(part["samples"] for part in parts) == 8
+            assert sum(part["samples"] * part["loss"] for part in parts) / 8 == pytest.approx(line["loss"], rel=1e-6)
+    lines = metrics_of(two)
+    assert len(lines) == 15, "2 epochs of 60 samples in batches of 8"
+    assert [sum(line["sources"][name]["samples"] for line in lines) for name in ("small", "large")] == [40, 80]
+    tokenizer = BPETokenizer.default()  # 76 tokens, so that nothing is cut
+    longer = [len(tokenizer.encode(caption(number))) + 2 > 7 for number in range(60)]
+    assert 0 < sum(longer) < 60
+    assert lines[-1]["captions_cut"] == 2 * sum(longer)
     assert (two / "eval.json").exists()
 
 
