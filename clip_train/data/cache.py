@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_train.data.remote import PIPE, Found, Transfer, base_name, fetch
+from clip_train.data.remote import base_name, fetch
+from clip_train.data.transfer import PIPE, Found, Transfer
 from clip_train.errors import DataError
 
 _POLL = 0.05  # seconds

@@ -54,6 +54,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("--fix", type=Path, metavar="OUT", help="write a copy without the broken samples there")
     inspect.add_argument("--sample", type=int, metavar="N", help="look at N samples, drawn evenly (default: all)")
     inspect.add_argument("--workers", type=int, default=workers, metavar="K", help=f"processes (default {workers})")
+    inspect.add_argument("--cache-dir", type=Path, metavar="DIR", help="where shards from elsewhere are kept")
+    inspect.add_argument("--cache-gib", type=float, metavar="G", help="most GiB of them (default: what the disk holds)")
     inspect.set_defaults(run=run_inspect)
 
     order = commands.add_parser("order", help="the samples of a recipe's batches, in order; reads no picture")
@@ -113,6 +115,7 @@ def run_pack(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     import json
 
+    from clip_train.data.cache import Cache, default_folder
     from clip_train.data.inspect import inspect
     from clip_train.data.inspect_fix import check_destination, fix
     from clip_train.data.inspect_report import show
@@ -137,6 +140,11 @@ def run_inspect(args: argparse.Namespace) -> int:
         sample=args.sample,
         workers=args.workers,
         console=console,
+        cache=Cache(
+            folder=args.cache_dir.absolute() if args.cache_dir else default_folder(),
+            max_bytes=int(args.cache_gib * 2**30) if args.cache_gib else None,
+            commands=True,  # whoever names a command here wants it run
+        ),
     )
     show(found, console)
     if args.out is not None:

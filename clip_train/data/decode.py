@@ -116,9 +116,12 @@ def _decode_any(data: bytes) -> Pixels:
     except Image.DecompressionBombError as error:
         raise DecodeError(f"picture is too large: {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes make them stumble over
-        # Pillow names the buffer by its address, which would differ from run to run.
-        cause = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
-        raise DecodeError(f"not a readable picture: {cause}") from error
+        raise DecodeError(f"not a readable picture: {cause_of(error)}") from error
+
+
+def cause_of(error: Exception) -> str:
+    """What Pillow complains of, without the address of the buffer, which differs from run to run."""
+    return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
 
 
 _quiet_lock = threading.Lock()

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from clip_train.data.index_files import ShardIndex
-from clip_train.data.remote import Found
 from clip_train.data.shards import verify
+from clip_train.data.transfer import Found
 from clip_train.errors import DataError
 
 

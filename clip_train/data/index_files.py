@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_train.data.cache import Cache
-from clip_train.data.remote import INDEX_SUFFIX, Found, base_name
+from clip_train.data.remote import INDEX_SUFFIX, base_name
+from clip_train.data.transfer import Found
 from clip_train.errors import DataError
 
 _FORMAT = "clip-train shard index 1"

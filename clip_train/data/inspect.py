@@ -12,6 +12,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from clip_train.data import columns
+from clip_train.data.cache import Cache
 from clip_train.data.files import ShardFiles
 from clip_train.data.hashing import permutation
 from clip_train.data.index_files import ShardIndex
@@ -26,7 +27,9 @@ from clip_train.data.inspect_figures import (
 from clip_train.data.inspect_shard import Broken, Measured, Scan, Work, measure, scan
 from clip_train.data.pack_shard import CAPTION_FIELDS, EXTENSIONS
 from clip_train.data.pack_workers import progress_bar, worker_pool
-from clip_train.data.shards import resolve
+from clip_train.data.remote import is_remote
+from clip_train.data.shards import AT_ONCE, resolve
+from clip_train.data.waiting import side_by_side
 from clip_train.errors import DataError
 from tokenizer import BPETokenizer
 
@@ -67,6 +70,7 @@ def inspect(
     sample: int | None = None,
     workers: int = 0,
     console: Console | None = None,
+    cache: Cache | None = None,
 ) -> Inspection:
     """Read shards, also damaged ones, and measure their samples.
 
@@ -77,15 +81,17 @@ def inspect(
         sample: look at so many samples only, drawn evenly. Headers are always read whole.
         workers: processes; 0 works in this one.
         console: where a progress bar is shown.
+        cache: where shards from elsewhere are kept; by default `Cache()`.
 
     Raises:
-        DataError: a pattern that names nothing, or a column that no sample has.
+        DataError: a pattern that names nothing, a shard that cannot be fetched, or a column that no sample has.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     tokenizer = tokenizer or BPETokenizer.default()
     if sample is not None and sample < 1:
         raise DataError("--sample must be at least 1")
-    scans = [scan(shard) for shard in resolve(patterns)]
+    shards, cache = resolve(patterns), cache or Cache()
+    scans = list(side_by_side(partial(scan, cache=cache), shards, AT_ONCE if any(map(is_remote, shards)) else 0))
     indexes = [one.index for one in scans if one.index is not None]
     if not indexes:
         raise DataError(f"no sample can be read: {'; '.join(one.damage or '' for one in scans[:3])}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from clip_train.data.inspect_duplicates import NEAR, equal_groups, near_groups
 from clip_train.data.inspect_shard import Measured, Scan, img2dataset_stats
+from clip_train.data.remote import is_remote
 from clip_train.data.shards import EMBEDDED, data_fingerprint
 from tokenizer import BPETokenizer
 
@@ -124,8 +125,12 @@ def _spread(values: Sequence[int]) -> Figures:
 
 def recipe_stanza(patterns: list[str], shards: list[str], image: str, caption: str, figures: Figures) -> str:
     """The recipe's part that reads these shards."""
-    named = [one if one.startswith(EMBEDDED) else str(Path(one).expanduser().absolute()) for one in patterns]
-    if len(named) > 3:  # the shell expanded a pattern
+    local = not any(map(is_remote, patterns))
+    named = [
+        one if one.startswith(EMBEDDED) or is_remote(one) else str(Path(one).expanduser().absolute())
+        for one in patterns
+    ]
+    if local and len(named) > 3:  # the shell expanded a pattern
         folder = Path(shards[0]).absolute().parent
         if sorted(str(path) for path in folder.glob("*.tar")) == sorted(str(Path(one).absolute()) for one in shards):
             named = [str(folder / "*.tar")]

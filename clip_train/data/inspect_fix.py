@@ -14,7 +14,8 @@ from clip_train.data.inspect import Inspection
 from clip_train.data.inspect_shard import Scan
 from clip_train.data.pack_folder import write_text
 from clip_train.data.pack_shard import add_member, replace
-from clip_train.data.shards import data_fingerprint, index, local_file
+from clip_train.data.remote import base_name
+from clip_train.data.shards import data_fingerprint, index
 from clip_train.errors import DataError
 
 
@@ -35,7 +36,7 @@ def check_destination(out: Path, scans: list[Scan]) -> None:
     """Raises DataError where a copy cannot be put: before anything is measured."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"--fix {out}: is there already: name a new or an empty folder")
-    names = Counter(local_file(one.shard).name for one in scans)
+    names = Counter(base_name(one.shard) for one in scans)
     if twice := [name for name, count in names.items() if count > 1]:
         raise DataError(f"--fix {out}: several shards are called {twice[0]}: fix one folder at a time")
 
@@ -59,7 +60,7 @@ def fix(found: Inspection, out: Path) -> Fixed:
     written: list[Path] = []
     without: list[str] = []
     for one in found.scans:
-        path = out / local_file(one.shard).name
+        path = out / base_name(one.shard)
         if _copy(one, path, broken[one.shard]):
             written.append(path)
         else:

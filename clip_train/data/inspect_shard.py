@@ -15,13 +15,14 @@ import numpy as np
 from PIL import Image
 
 from clip_train.data import columns
+from clip_train.data.cache import Cache
 from clip_train.data.columns import BadSampleError, Column
 from clip_train.data.decode import DecodeError, Pixels, decode
 from clip_train.data.files import ShardFiles
 from clip_train.data.index_files import ShardIndex
-from clip_train.data.listing import list_samples
-from clip_train.data.pack_shard import cause_of
-from clip_train.data.shards import local_file
+from clip_train.data.listing import DamagedShardError, list_samples
+from clip_train.data.remote import is_remote
+from clip_train.data.shards import index
 from tokenizer import BPETokenizer
 
 
@@ -49,23 +50,42 @@ class Scan:
     """Members that belong to no sample."""
 
 
-def scan(shard: str) -> Scan:
-    """Read the headers of a shard up to its end or its damage."""
-    path = local_file(shard)
+def scan(shard: str, cache: Cache) -> Scan:
+    """Read the headers of a shard up to its end or its damage.
+
+    One that lies elsewhere is fetched into the cache as for training, which keeps no damaged one: of such a shard only
+    the damage is told.
+
+    Raises:
+        DataError: it lies elsewhere and cannot be fetched.
+    """
+    if is_remote(shard):
+        return _scan_remote(shard, cache)
+    path = Path(shard)
     broken: dict[str, Broken] = {}
     strays: list[str] = []
+
+    def report(key: str, cause: str) -> None:
+        broken[key] = Broken(shard, key, cause)
+
     try:
         size = path.stat().st_size
-        index, strays, damage = list_samples(
-            shard, path, lambda key, why: broken.update({key: Broken(shard, key, why)})
-        )
+        listed, strays, damage = list_samples(shard, path, report)
     except OSError as error:
-        size, index, damage = 0, None, f"{shard}: cannot be read: {error.strerror or error}"
+        size, listed, damage = 0, None, f"{shard}: cannot be read: {error.strerror or error}"
     if not damage and broken:
         damage = f"{shard}: {next(iter(broken.values())).cause}; training refuses the whole shard"
-    if index is None:
+    if listed is None:
         return Scan(shard, size, None, damage or f"{shard}: holds no samples", [], strays)
-    return Scan(shard, size, index, damage or None, list(broken.values()), strays)
+    return Scan(shard, size, listed, damage or None, list(broken.values()), strays)
+
+
+def _scan_remote(shard: str, cache: Cache) -> Scan:
+    try:
+        found = index(shard, cache)
+        return Scan(shard, found.size, found, None, [], [])
+    except DamagedShardError as error:
+        return Scan(shard, 0, None, f"{error} (Copy it to a disk to see what is left of it.)", [], [])
 
 
 class Measured(NamedTuple):
@@ -121,7 +141,7 @@ def _measure(work: Work, row: int, files: ShardFiles, tokenizer: BPETokenizer) -
         pixels = decode(data)
         captions = columns.read_captions(*columns.read(files, work.index, row, work.caption))
     except (BadSampleError, DecodeError) as error:
-        return Measured(work.shard, row, key, cause_of(error))
+        return Measured(work.shard, row, key, str(error))
     with Image.open(io.BytesIO(data)) as image:
         stored = (image.format or column.extension, image.mode)
     return Measured(
@@ -153,6 +173,8 @@ def difference_hash(pixels: Pixels) -> int:
 
 def img2dataset_stats(shard: str) -> Path | None:
     """`00000_stats.json` beside `00000.tar`."""
-    path = local_file(shard)
+    if is_remote(shard):
+        return None
+    path = Path(shard)
     stats = path.with_name(path.stem + "_stats.json")
     return stats if stats.is_file() else None

@@ -21,6 +21,10 @@ _MOST_KINDS = 256
 _LONGEST_NAME = 4096  # bytes; as long as a path may be
 
 
+class DamagedShardError(DataError):
+    """A shard's own fault, not that of the way to it."""
+
+
 class Listing(NamedTuple):
     """The samples of a shard."""
 
@@ -57,7 +61,7 @@ def list_samples(shard: str, path: Path, problem: Callable[[str, str], None] | N
     """
 
     def refuse(key: str, cause: str) -> None:
-        raise DataError(f"{shard}: {cause}. {MEND}")
+        raise DamagedShardError(f"{shard}: {cause}. {MEND}")
 
     report = refuse if problem is None else problem
     kinds: dict[str, int] = {}
@@ -90,7 +94,7 @@ def list_samples(shard: str, path: Path, problem: Callable[[str, str], None] | N
     except DataError as error:
         damage = str(error).replace(str(path), shard)
         if problem is None:
-            raise DataError(damage) from error
+            raise DamagedShardError(damage) from error
     if not rows:
         return Listing(None, strays, damage)
     table = np.full((2, len(rows), len(kinds)), -1, dtype=np.int64)

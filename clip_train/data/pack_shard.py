@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any, Literal, cast
 from PIL import Image
 
 from clip_train.data.columns import MOST_CHARACTERS, is_blank
-from clip_train.data.decode import DecodeError, Pixels, decode, to_rgb
+from clip_train.data.decode import DecodeError, Pixels, cause_of, decode, to_rgb
 from clip_train.errors import DataError
 
 Format = Literal["jpg", "png", "webp"]
@@ -116,7 +115,7 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
                     texts = read_captions(record)
                     extension, data = encode_picture(record.image, options)
                 except (SkippedError, DecodeError) as error:
-                    skipped.append(Skipped(record.row, record.name, cause_of(error)))
+                    skipped.append(Skipped(record.row, record.name, str(error)))
                     continue
                 content = {"captions": texts, "name": record.name, **record.kept}
                 add_member(tar, f"{record.row:09d}.{extension}", data)
@@ -134,11 +133,6 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     size = path.stat().st_size if formats else 0
     return ShardRecord(path.name, formats.total(), captions, size, inputs, dict(sorted(formats.items())), skipped)
-
-
-def cause_of(error: Exception) -> str:
-    """An error's text without the addresses that Pillow puts in, which differ from run to run."""
-    return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -215,7 +209,7 @@ def encode_picture(image: Any, options: PictureOptions) -> tuple[str, bytes]:
         try:
             return _encode(to_rgb(image), options, options.format or "png")
         except (OSError, SyntaxError) as error:  # Pillow reads its file only now
-            raise SkippedError(f"not a readable picture: {error}") from error
+            raise SkippedError(f"not a readable picture: {cause_of(error)}") from error
     data = _picture_bytes(image)
     if not data:
         raise SkippedError("its picture is empty (0 bytes)")

@@ -11,7 +11,7 @@ import fsspec
 import fsspec.config
 import fsspec.core
 
-from clip_train.data.remote import Absent, Found, Sink, Temporary, Transfer, changed
+from clip_train.data.transfer import Absent, Found, Sink, Temporary, Transfer, changed
 from clip_train.errors import DataError
 
 _BLOCK = 1 << 23

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
-from clip_train.data.remote import Absent, Found, Sink, Temporary, Transfer, changed
+from clip_train.data.transfer import Absent, Found, Sink, Temporary, Transfer, changed
 from clip_train.errors import DataError
 
 _BLOCK = 1 << 20

@@ -14,7 +14,7 @@ import tempfile
 from contextlib import suppress
 from typing import IO
 
-from clip_train.data.remote import PIPE, Found, Sink, Temporary, Transfer, changed
+from clip_train.data.transfer import PIPE, Found, Sink, Temporary, Transfer, changed
 from clip_train.errors import DataError
 
 _BLOCK = 1 << 20

@@ -26,13 +26,14 @@ from rich.progress import track
 from clip_train.data import remote
 from clip_train.data.cache import Cache
 from clip_train.data.index_files import ShardIndex, forget, keep, parse_index, recall
-from clip_train.data.listing import list_samples
-from clip_train.data.remote import INDEX_SUFFIX, PIPE, Found, base_name, is_remote
+from clip_train.data.listing import DamagedShardError, list_samples
+from clip_train.data.remote import INDEX_SUFFIX, base_name, is_remote
+from clip_train.data.transfer import PIPE, Found
 from clip_train.data.waiting import side_by_side
 from clip_train.errors import DataError
 
 EMBEDDED = "embedded:"
-_AT_ONCE = 8  # shards that are looked up at a time
+AT_ONCE = 8  # shards that are looked up at a time
 _WORTH_KEEPING = 256  # samples; fewer are listed faster than a file is read
 
 
@@ -128,17 +129,6 @@ def _no_match(one: str, pattern: str, candidates: list[Path]) -> str:
     return what
 
 
-def local_file(shard: str) -> Path:
-    """The path of a local shard, for what works on files.
-
-    Raises:
-        DataError: it lies elsewhere.
-    """
-    if is_remote(shard):
-        raise DataError(f"{shard}: a local file is wanted here. Copy it to a disk first.")
-    return Path(shard)
-
-
 def index(shard: str, cache: Cache | None = None) -> ShardIndex:
     """List a shard's samples.
 
@@ -173,7 +163,7 @@ def index_all(shards: Sequence[str], cache: Cache | None = None, show: bool = Fa
     Raises:
         DataError: as `index`, for the first that fails.
     """
-    indexes = side_by_side(lambda shard: index(shard, cache), shards, _AT_ONCE if any(map(is_remote, shards)) else 0)
+    indexes = side_by_side(lambda shard: index(shard, cache), shards, AT_ONCE if any(map(is_remote, shards)) else 0)
     silent = not show or not sys.stderr.isatty()
     title, console = "listing shards", Console(stderr=True)
     return list(track(indexes, title, len(shards), console=console, transient=True, disable=silent))
@@ -259,7 +249,7 @@ def _list(shard: str, path: Path) -> ShardIndex:
     found = list_samples(shard, path)
     if found.samples is None:
         reason = f"its {len(found.strays)} members have no KEY.EXTENSION names" if found.strays else "no members"
-        raise DataError(f"{shard}: holds no samples ({reason}). Remove it from `shards` or write it again.")
+        raise DamagedShardError(f"{shard}: holds no samples ({reason}). Remove it from `shards` or write it again.")
     return found.samples
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from conftest import picture
 from PIL import Image
+from servers import ShardServer
 from tars import BytesTokenizer, encoded, write_tar
 
 from clip_train.cli import main
+from clip_train.data.cache import Cache
 from clip_train.data.inspect import inspect
 from clip_train.data.inspect_duplicates import equal_groups, near_groups
 from clip_train.data.inspect_fix import fix
@@ -263,8 +265,46 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
     assert inspect(path, caption="json.alt").broken == []
     with pytest.raises(DataError, match="names no file"):
         inspect(str(tmp_path / "y*.tar"))
-    with pytest.raises(DataError, match="local"):
-        inspect("https://example.org/x.tar")
+
+
+# ------------------------------------------------------------------------------------------------- elsewhere
+
+
+def test_shards_from_elsewhere_are_inspected_as_those_on_a_disk(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(path.name for path in mixed.glob("*.tar"))
+    with ShardServer() as server:
+        server.files = {name: (mixed / name).read_bytes() for name in names}
+        server.faults.append("503")
+        urls, cache = [server.url(name) for name in names], tmp_path / "cache"
+        command = ["data", "inspect", *urls, "--cache-dir", str(cache), "--fix", str(tmp_path / "o"), "--workers", "0"]
+        assert main([*command, "--out", str(tmp_path / "figures")]) == 0
+        assert len(server.bodies()) == len(names) + 1  # each is fetched once (and one again after its fault)
+    figures = json.loads((tmp_path / "figures" / "inspect.json").read_text())
+    expected = inspect([str(mixed / name) for name in names])
+    for name in ("samples", "image", "captions", "extensions", "fingerprint"):
+        assert figures[name] == expected.figures[name], name
+    assert [one["key"] for one in figures["broken"]] == [one.key for one in expected.broken]
+    assert tomllib.loads(figures["stanza"])["data"]["sources"]["mine"]["shards"] == urls
+    assert sorted(path.name for path in (tmp_path / "o").glob("*.tar")) == names
+    assert members(tmp_path / "o" / names[0]).items() <= members(mixed / names[0]).items()
+    capsys.readouterr()
+
+
+def test_damage_elsewhere_is_told_and_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    damaged(tmp_path / "in")
+    with ShardServer() as server:
+        server.files = {path.name: path.read_bytes() for path in (tmp_path / "in").glob("*.tar")}
+        found = inspect(
+            [server.url(name) for name in ("whole.tar", "cut.tar", "twice.tar")], cache=Cache(tmp_path / "c")
+        )
+        damage = {line["shard"].rpartition("/")[2]: line.get("damage", "") for line in found.figures["shards"]}
+        assert "cut short" in damage["cut.tar"] and "twice" in damage["twice.tar"] and not damage["whole.tar"]
+        assert [path.name.partition("-")[2] for path in (tmp_path / "c").glob("*-*.tar")] == ["whole.tar"]
+        with pytest.raises(DataError, match=r"gone\.tar: does not exist"):
+            inspect(server.url("gone.tar"), cache=Cache(tmp_path / "c"))
 
 
 # ---------------------------------------------------------------------------------------------- damage and fix

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+from servers import ShardServer
 
 from clip_train.data.waiting import SlowNotice, side_by_side
 
@@ -30,3 +36,23 @@ def test_a_long_wait_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     lines = capfd.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 4  # after 0.1, 0.2, 0.4, 0.8 s, not each time it looks
     assert all(line.startswith("still waiting for item 7 after") for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_a_server_hangs(tmp_path: Path, number: int) -> None:
+    """The look-ups would go on for minutes; the command ends now."""
+    with ShardServer() as server:
+        server.always = "hang"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clip_train", "data", "inspect", server.url("{0..9}.tar"), "--workers", "0"],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        )
+        until = time.monotonic() + 60
+        while not server.requests and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.05)
+        assert server.requests, process.stderr
+        process.send_signal(number)
+        _, error = process.communicate(timeout=20)
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
+        assert b"Traceback" not in error
