@@ -17,6 +17,7 @@ from rich.console import Console
 
 from clip_train.errors import UserError
 
+EXPORTS = ("open_clip", "transformers", "sentence_transformers", "timm", "onnx")
 console = Console(stderr=False, highlight=False)
 
 
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="a checkpoint for open_clip, transformers, timm or ONNX Runtime")
     export.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
-    export.add_argument("--to", required=True, choices=["open_clip", "transformers", "timm", "onnx"])
+    export.add_argument("--to", required=True, choices=EXPORTS)
     export.add_argument("out", type=Path, help="a new folder")
     export.add_argument("--weights", choices=["raw", "ema"], default="raw", help="trained (default) or averaged")
     export.set_defaults(run=run_export)

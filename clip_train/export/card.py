@@ -20,6 +20,9 @@ model.eval()""",
 model = AutoModel.from_pretrained("DIRECTORY")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 processor = AutoImageProcessor.from_pretrained("DIRECTORY")""",
+    "sentence_transformers": """from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("DIRECTORY")
+vectors = model.encode(["a red fox"])      # captions or PIL pictures, unit vectors""",
     "timm": """import timm
 model = timm.create_model("local-dir:DIRECTORY", pretrained=True)                      # embeddings
 backbone = timm.create_model("local-dir:DIRECTORY", pretrained=True, num_classes=0)    # pooled features""",

@@ -31,6 +31,7 @@ class Target:
 TARGETS = {
     "open_clip": Target("open_clip", ("open_clip", "transformers")),
     "transformers": Target("transformers", ("transformers",)),
+    "sentence_transformers": Target("sentence_transformers", ("sentence_transformers", "transformers")),
     "timm": Target("timm", ("timm",)),
     "onnx": Target("onnx", ("onnx", "onnxscript", "onnxruntime", "tokenizers")),
 }

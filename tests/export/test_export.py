@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +79,7 @@ EXPRESSIBLE = [
     ("open_clip", "vit-quick", "quick"),
     *(("transformers", image, "causal") for image in ("vit", "timm", "timm-vit")),
     ("transformers", "vit-quick", "quick"),
+    ("sentence_transformers", "vit", "causal"),
     *(("timm", image, "causal") for image in ("vit", "vit-mean", "vit-quick", "timm", "timm-vit")),
     ("onnx", "vit", "causal"),
     ("onnx", "resnet", "bidirectional"),
@@ -208,6 +207,16 @@ classify = pipeline("zero-shot-image-classification", model=folder)
 scores = classify(Image.open(folder + "/../p.png"), candidate_labels=texts)
 assert {s["label"] for s in scores} == set(texts)
 """,
+    "sentence_transformers": """
+from sentence_transformers import SentenceTransformer
+import torch
+model = SentenceTransformer(folder, device="cpu")
+with torch.no_grad():
+    image = model[0].model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output
+image, text = torch.nn.functional.normalize(image).numpy(), model.encode(texts)
+from PIL import Image
+assert abs(np.linalg.norm(model.encode([Image.open(folder + "/../p.png")])) - 1) < 1e-5
+""",
     "timm": """
 import timm, torch
 model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -229,52 +238,91 @@ assert "torch" not in sys.modules
 }
 
 
-def test_a_run_is_exported_to_every_target_and_loaded_in_fresh_processes(
-    tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
-) -> None:
-    """The tower of the quickstart: a timm backbone, which every target can express."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
+    """A trained run with the tower of the quickstart: a timm backbone, which every target can express."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.toml").write_text(RUN.format(shards=shards))
+    done = run_cli("train", str(folder / "recipe.toml"), "--run-dir", str(folder / "run"))
+    assert done.returncode == 0, done.stderr
+    np.save(folder / "pixels.npy", np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32))
+    (folder / "p.png").write_bytes(picture(1))
+    return folder
+
+
+RUN = """
+name = "tiny"
+[data]
+batch_size = 8
+workers = 0
+[data.sources.s]
+shards = "{shards}"
+image = "png"
+[image]
+kind = "timm"
+name = "test_resnet"
+image_size = 32
+[text]
+width = 16
+layers = 1
+heads = 2
+[model]
+embed_dim = 8
+[optimizer]
+kind = "adamw"
+lr = 1e-3
+[training]
+steps = 2
+precision = "fp32"
+[evaluation.tasks.seen]
+kind = "retrieval"
+shards = "{shards}"
+image = "png"
+"""
+WORDS = ["a red square number 1", "two dogs", "a blue ring"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_run_is_exported_and_loaded_in_a_fresh_process_with_that_library_alone(target: str, run: Path) -> None:
     import clip_train
 
-    recipe_tree["image"] = {"kind": "timm", "name": "test_resnet", "image_size": 32}
-    recipe_tree["training"]["steps"] = 2
-    run = tmp_path / "run"
-    done = run_cli("train", str(write_recipe(recipe_tree)), "--run-dir", str(run))
-    assert done.returncode == 0, done.stderr
-    loaded = clip_train.load(run)
-    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
-    texts = ["a red square number 1", "two dogs", "a blue ring"]
-    expected = {"image": loaded.encode_image(torch.from_numpy(pixels)), "text": loaded.encode_text(texts)}
-    np.save(tmp_path / "pixels.npy", pixels)
-    (tmp_path / "p.png").write_bytes(picture(1))
-    assert set(FRESH) == set(TARGETS)
-    for target, code in FRESH.items():
-        folder = tmp_path / target
-        assert main(["export", str(run), "--to", target, str(folder)]) == 0
-        assert "r@10" in (folder / "README.md").read_text(), "the card holds the run's figures"
-        script = f"""
+    loaded = clip_train.load(run / "run")
+    pixels = np.load(run / "pixels.npy")
+    expected = {"image": loaded.encode_image(torch.from_numpy(pixels)), "text": loaded.encode_text(WORDS)}
+    folder = run / target
+    assert main(["export", str(run / "run"), "--to", target, str(folder)]) == 0
+    assert "r@10" in (folder / "README.md").read_text(), "the card holds the run's figures"
+    script = f"""
 import json, sys
 import numpy as np
-folder, texts = {str(folder)!r}, {json.dumps(texts)}
-pixels = np.load({str(tmp_path / "pixels.npy")!r})
-{code}
+folder, texts = {str(folder)!r}, {json.dumps(WORDS)}
+pixels = np.load({str(run / "pixels.npy")!r})
+{FRESH[target]}
 assert not any(name.split(".")[0] in ("clip_train", "tokenizer") for name in sys.modules)
-np.savez({str(tmp_path / target)!r} + ".npz", image=image, text=np.zeros(0) if text is None else text)
+np.savez({str(run / target)!r} + ".npz", image=image, text=np.zeros(0) if text is None else text)
 """
-        result = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=tmp_path
-        )
-        assert result.returncode == 0, result.stderr
-        found = np.load(tmp_path / f"{target}.npz")
-        assert np.abs(found["image"] - expected["image"].numpy()).max() <= 1e-5
-        if found["text"].size:
-            assert np.abs(found["text"] - expected["text"].numpy()).max() <= 1e-5
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=run)
+    assert result.returncode == 0, result.stderr
+    found = np.load(run / f"{target}.npz")
+    assert np.abs(found["image"] - expected["image"].numpy()).max() <= 1e-5
+    if found["text"].size:
+        assert np.abs(found["text"] - expected["text"].numpy()).max() <= 1e-5
+    else:
+        assert target == "timm"
+
+
+def test_the_onnx_example_ranks_captions(run: Path, tmp_path: Path) -> None:
+    import clip_train
+
+    loaded = clip_train.load(run / "run")
+    export(loaded, "onnx", tmp_path / "onnx", source=run / "run")
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "onnx" / "example.py"), str(tmp_path / "p.png"), *texts],
+        [sys.executable, str(tmp_path / "onnx" / "example.py"), str(run / "p.png"), *WORDS],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     shown = {line.split("  ", 1)[1]: float(line.split("  ", 1)[0]) for line in done.stdout.splitlines()}
     from PIL import Image
 
-    cosines = loaded.similarity(Image.open(tmp_path / "p.png"), texts)[0].tolist()
-    assert [shown[text] for text in texts] == pytest.approx(cosines, abs=0.02)  # their picture resize is Pillow's
+    cosines = loaded.similarity(Image.open(run / "p.png"), WORDS)[0].tolist()
+    assert [shown[text] for text in WORDS] == pytest.approx(cosines, abs=0.02)  # their picture resize is Pillow's
