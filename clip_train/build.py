@@ -29,6 +29,7 @@ from clip_train.data.batch import Batch
 from clip_train.data.cache import Cache, default_folder
 from clip_train.data.loader import Loader
 from clip_train.data.order import Order
+from clip_train.data.rand_augment import RandAugment
 from clip_train.data.stream import Stream, open_source
 from clip_train.data.transforms import Augment, Preprocess
 from clip_train.errors import ConfigError
@@ -264,6 +265,8 @@ def build_augment(recipe: Recipe, source: Source | None = None) -> Augment:
     own = None if source is None else source.augment
     arguments = (own or recipe.data.augment).model_dump()
     arguments |= arguments.pop("color")
+    if (chosen := arguments.pop("rand_augment")) is not None:
+        arguments["rand_augment"] = RandAugment(**chosen)
     return Augment(
         size=recipe.image.image_size,
         interpolation=recipe.preprocess.interpolation,

@@ -32,6 +32,13 @@ class ColorJitter(Section):
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
 
 
+class RandAugment(Section):
+    """A few operations out of 14 (shear, shift, rotate, colours, …), all at one magnitude (as in torchvision)."""
+
+    ops: Annotated[int, Field(ge=1, le=4)] = 2
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+
+
 class Augment(Section):
     """Random changes of a training picture, drawn by (seed, epoch, sample)."""
 
@@ -52,6 +59,8 @@ class Augment(Section):
     """Probability that a picture's colours are changed at all."""
     grayscale: Fraction = 0.0
     """Probability of turning the picture grey."""
+    rand_augment: RandAugment | None = None
+    """RandAugment after the crop, before all else; what it moves in is `fill`. None does without."""
 
 
 class Source(Section):

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clip_train.data.decode import SHRINKS, Pixels, decode, shrinkable_size, to_rgb
+from clip_train.data.rand_augment import RandAugment
 
 Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "longest", "squash"]
@@ -41,8 +42,9 @@ _FROM_CHROMA = np.linalg.inv(_CHROMA)
 
 _IN_CACHE = 1 << 17
 
-DRAWS = 32
-"""Uniform numbers that one sample's view is made from."""
+DRAWS = 40
+"""Uniform numbers that one sample's view is made from: 11 for the batch's half, 20 from 12 on for the crop, 8 from 32
+on for RandAugment."""
 
 
 def resize_crop(pixels: Pixels, box: Box, size: int, interpolation: Interpolation) -> Tensor:
@@ -142,6 +144,7 @@ class Augment:
     color_probability: float = 0.8
     grayscale: float = 0.0
     scaled_decode: bool = False
+    rand_augment: RandAugment | None = None
 
     def view(self, data: bytes, draws: NDArray[np.float64]) -> Tensor:
         """The first half of a view, from a file's bytes: as `crop(decode(data), draws)`, but for `scaled_decode`.
@@ -149,8 +152,7 @@ class Augment:
         Raises:
             DecodeError: as `decode`.
         """
-        pixels, box = self.part(data, draws)
-        return resize_crop(pixels, box, self.size, self.interpolation)
+        return self._resized(*self.part(data, draws), draws)
 
     def part(self, data: bytes, draws: NDArray[np.float64]) -> tuple[Pixels, Box]:
         """The decoded picture, and the box in it that becomes the view.
@@ -169,7 +171,7 @@ class Augment:
         return pixels, crop_box(width, height, self.crop_scale, self.crop_ratio, draws[12:])
 
     def crop(self, pixels: Pixels, draws: NDArray[np.float64]) -> Tensor:
-        """First half, one picture: the random crop, resized.
+        """First half, one picture: the random crop, resized; RandAugment.
 
         Args:
             pixels: (H, W, 3) uint8.
@@ -179,8 +181,11 @@ class Augment:
             (3, size, size) uint8.
         """
         height, width, _ = pixels.shape
-        box = crop_box(width, height, self.crop_scale, self.crop_ratio, draws[12:])
-        return resize_crop(pixels, box, self.size, self.interpolation)
+        return self._resized(pixels, crop_box(width, height, self.crop_scale, self.crop_ratio, draws[12:]), draws)
+
+    def _resized(self, pixels: Pixels, box: Box, draws: NDArray[np.float64]) -> Tensor:
+        view = resize_crop(pixels, box, self.size, self.interpolation)
+        return view if self.rand_augment is None else self.rand_augment(view, draws[32:], self.fill)
 
     def batch(self, images: Tensor, draws: NDArray[np.float64]) -> Tensor:
         """Second half, the batch: zoom out, rotate, flip, colours.
