@@ -1,7 +1,7 @@
 """Bytes -> pixels: RGB, uint8, upright, on white, whatever the file was.
 
-JPEG goes through libjpeg-turbo (simplejpeg), everything else through Pillow. Safe in threads; the decoders release the
-interpreter's lock.
+JPEG goes through libjpeg-turbo (simplejpeg), plain WebP through torchvision (Pillow's pixels, and a tenth
+to a quarter faster), everything else through Pillow. Safe in threads; the decoders release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torchvision.io import decode_webp
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) uint8 RGB."""
@@ -60,6 +62,8 @@ def decode(data: bytes, shrink: int = 1) -> Pixels:
     """
     if _is_upright_jpeg(data):
         return _decode_jpeg(data, shrink)
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":  # lossy, and neither alpha, animation nor metadata
+        return _decode_webp(data)
     return _decode_any(data)
 
 
@@ -104,6 +108,16 @@ def _decode_jpeg(data: bytes, shrink: int) -> Pixels:
             raise DecodeError(f"JPEG is cut short: {error}") from error
         # otherwise let Pillow judge: some oddities are readable
     return _decode_any(data)
+
+
+def _decode_webp(data: bytes) -> Pixels:
+    width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))  # RFC 6386, 9.1
+    _check_size(width, height)
+    try:
+        image = decode_webp(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError:
+        return _decode_any(data)  # Pillow says what is wrong
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def _decode_any(data: bytes) -> Pixels:

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+WAITS = 0.2
+"""Share of an interval spent waiting for data from which on a person is told what to do."""
+SECONDS_BETWEEN_NOTES = 600.0
 
 
 class TrainingProgress:
@@ -23,6 +26,8 @@ class TrainingProgress:
         self._done = done
         self._start = (time.monotonic(), done)
         self._last_line = 0.0
+        self._shown = 0
+        self._last_note = -SECONDS_BETWEEN_NOTES
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(bar_width=None),
@@ -56,12 +61,29 @@ class TrainingProgress:
         )
         self._bar.update(self._task, figures=figures)
         now = time.monotonic()
+        self._note_waiting(line["data_wait"], now)
         if self._lines and (now - self._last_line >= SECONDS_BETWEEN_LINES or self._done >= self._total):
             self._last_line = now
             began, first = self._start
             left = (now - began) / max(1, self._done - first) * (self._total - self._done)
             self._console.print(
                 f"step {self._done}/{self._total} · {figures} · {_clock(left)} left", highlight=False, soft_wrap=True
+            )
+
+    def _note_waiting(self, share: float, now: float) -> None:
+        """Say that the input side is too slow, every ten minutes at most, and not of the first interval, in which
+        the workers start.
+        """
+        self._shown += 1
+        enabled = self._live or self._lines
+        if enabled and share > WAITS and self._shown > 1 and now - self._last_note >= SECONDS_BETWEEN_NOTES:
+            self._last_note = now
+            self._console.print(
+                f"[yellow]the model waited for data {100 * share:.0f} % of the last interval[/]: raise data.workers or "
+                "data.threads while cores are free; data.scaled_decode = true for pictures of twice the view's size; "
+                "data.cache_decoded = true for small sets; lighter data.augment (docs/data-and-resume.md, Rates)",
+                highlight=False,
+                soft_wrap=True,
             )
 
 

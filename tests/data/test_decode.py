@@ -84,6 +84,22 @@ def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
     assert all((one == found[0]).all() for one in found)
 
 
+@pytest.mark.parametrize("options", [{"quality": 5}, {"quality": 100}, {"lossless": True}])
+@pytest.mark.parametrize("size", [(3, 2), (123, 77), (400, 300)])
+def test_webp_is_pillows_to_the_bit(options: dict[str, int], size: tuple[int, int]) -> None:
+    data = encoded(gradient("RGB", size), "WEBP", **options)
+    found = decode(data)
+    assert found.flags.c_contiguous and found.flags.writeable
+    assert (found == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
+
+
+def test_damaged_webp_is_refused() -> None:
+    data = encoded(gradient("RGB", (400, 300)), "WEBP", quality=90)
+    for broken in (data[: len(data) // 2], data[:26], data[:20] + bytes(len(data) - 20)):
+        with pytest.raises(DecodeError, match="not a readable picture"):
+            decode(broken)
+
+
 def test_cmyk() -> None:
     data = encoded(gradient("CMYK"), "JPEG", quality=95)
     assert (decode(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
