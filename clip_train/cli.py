@@ -218,7 +218,7 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_consolidate(args: argparse.Namespace) -> int:
-    from clip_train.training.checkpoint import consolidate
+    from clip_train.training.consolidate import consolidate
 
     console.print(f"{consolidate(args.checkpoint, args.out)} → {args.out}", soft_wrap=True)
     return 0

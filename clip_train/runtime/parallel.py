@@ -10,25 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_train.errors import ConfigError
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import recompute_blocks
+from clip_train.runtime.shards import is_shard
 
-RESHARDS = "reshards_after_forward"
-"""Attribute of a unit of FSDP: torch can set this but does not tell it, and `unsharded` must put it back."""
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,17 @@ def parallelize(
         return model
     if isinstance(strategy, Replicated):
         return replicate(model, process, strategy)
-    return shard(model, process, strategy)
+    from clip_train.runtime.fsdp import shard  # a second to import, and most runs do without
+
+    shard(
+        model,
+        blocks_of(model),
+        process,
+        hybrid=strategy.shard == "hybrid",
+        reshard_after_forward=strategy.reshard_after_forward,
+        cpu_offload=strategy.cpu_offload,
+    )
+    return model
 
 
 def blocks_of(model: TwoTower) -> list[nn.Module]:
@@ -97,59 +105,6 @@ def replicate(model: TwoTower, process: Process, strategy: Replicated) -> Distri
     return wrapped
 
 
-def shard(model: TwoTower, process: Process, strategy: Sharded) -> nn.Module:
-    """FSDP2: each block is a unit, and what lies outside the blocks is one more. Changes the model in place."""
-    if strategy.cpu_offload and process.device.type == "cpu":
-        raise ConfigError("training.parallel.cpu_offload moves shards off the GPU, and there is none")
-    mesh = device_mesh(process, strategy)
-    offload = CPUOffloadPolicy() if strategy.cpu_offload else OffloadPolicy()
-    for block in blocks_of(model):
-        fully_shard(
-            block,
-            mesh=mesh,
-            reshard_after_forward=strategy.reshard_after_forward,
-            mp_policy=matrices_in(process.precision, block),
-            offload_policy=offload,
-        )
-        setattr(block, RESHARDS, strategy.reshard_after_forward)
-    # A tensor without dimensions cannot be cut. Its gradient is averaged by `average_whole_gradients`.
-    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    fully_shard(model, mesh=mesh, offload_policy=offload, ignored_params=whole)
-    return model
-
-
-def device_mesh(process: Process, strategy: Sharded) -> DeviceMesh:
-    """`full`: one dimension over all processes. `hybrid`: (replicate over nodes, shard within a node)."""
-    device, world, local = process.device.type, process.world, process.local_world
-    if strategy.shard == "full":
-        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
-    if world == local or world % local:
-        raise ConfigError(
-            f"training.parallel.shard = 'hybrid' replicates over nodes: with {world} processes, {local} on this node, "
-            "take 'full'"
-        )
-    return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
-
-
-def matrices_in(precision: str, block: nn.Module) -> MixedPrecisionPolicy:
-    """Gather the operands of matrix products in the precision autocast gives them anyway; all else stays fp32.
-
-    Rounding before the gather instead of after it changes no number and halves what is sent. Gradients are reduced
-    in fp32. A torch without the per-parameter choice (before 2.15) gathers in fp32.
-    """
-    if precision == "fp32" or "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
-        return MixedPrecisionPolicy()
-    products = {module.weight for module in block.modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-
-    def own_dtype_unless_product(parameter: nn.Parameter) -> torch.dtype | None:
-        return None if parameter in products else parameter.dtype
-
-    options: dict[str, Any] = {"param_dtype_override_fn": own_dtype_unless_product}
-    return MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False, **options
-    )
-
-
 def synchronize_batch_norm(model: TwoTower, process: Process) -> None:
     """BatchNorm over the rows of all processes. Raises ConfigError where there is none, or no kernel for it."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
@@ -162,7 +117,7 @@ def synchronize_batch_norm(model: TwoTower, process: Process) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parts of the parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(is_shard(parameter) for parameter in model.parameters())
 
 
 @contextmanager
@@ -171,21 +126,22 @@ def without_gradient_sync(model: nn.Module) -> Generator[None]:
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
+    elif is_sharded(model):
+        units = cast("FSDPModule", model)
+        units.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(True)
+            units.set_requires_gradient_sync(True)
     else:
         yield
 
 
 def average_whole_gradients(model: nn.Module) -> None:
     """After the last backward pass of a step: average over processes what `shard` left whole."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         for parameter in model.parameters():
-            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            if not is_shard(parameter) and parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
 
@@ -194,13 +150,13 @@ def clip_gradients(model: nn.Module, largest: float | None) -> float:
     """Norm of the gradient over all processes' shards; the gradient is then shortened to `largest`."""
     parameters = list(model.parameters())
     limit = math.inf if largest is None else largest
-    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    sharded = [parameter for parameter in parameters if is_shard(parameter)]
     if not sharded:
         return float(nn.utils.clip_grad_norm_(parameters, limit))
     # torch's norm takes either kind of tensor, not both in one call.
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in parameters if not is_shard(parameter)]
     part = nn.utils.get_total_norm([p.grad for p in sharded if p.grad is not None])
-    assert isinstance(part, DTensor)
+    assert is_shard(part)
     rest = nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None])
     norm = torch.hypot(part.full_tensor().to(rest.device), rest)
     if largest is not None:
@@ -216,8 +172,8 @@ def separate_shards(optimizer: torch.optim.Optimizer) -> None:
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         kinds: Iterable[list[Tensor]] = (
-            [p for p in group["params"] if isinstance(p, DTensor)],
-            [p for p in group["params"] if not isinstance(p, DTensor)],
+            [p for p in group["params"] if is_shard(p)],
+            [p for p in group["params"] if not is_shard(p)],
         )
         groups += [{**group, "params": kind} for kind in kinds if kind]
     optimizer.param_groups[:] = groups
@@ -230,13 +186,10 @@ def unsharded(model: nn.Module) -> Generator[None]:
     Evaluation deals samples out unevenly: with gathers inside the passes, a process with one batch more would wait
     for the others for ever. Costs one copy of the weights. For forward passes only; does nothing to a whole model.
     """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
+    if is_sharded(model):
+        from clip_train.runtime.fsdp import gathered
+
+        with gathered(model):
+            yield
+    else:
         yield
-    finally:
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(bool(getattr(unit, RESHARDS, False)), recurse=False)

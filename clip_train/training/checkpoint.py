@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from clip_train.errors import CheckpointError, TrainingError
+from clip_train.runtime.shards import is_shard
 from clip_train.training import sharded
 from clip_train.training.average import PREFIX
 
@@ -119,14 +119,15 @@ def save_checkpoint(
     """
     final = folder / f"step_{state.step}"
     with failing_whole(final):
-        _write_whole(final, state, model, optimizer, companions)
+        write_whole(final, state, model, optimizer, companions)
     link_and_rotate(final, keep_last)
     return final
 
 
-def _write_whole(
+def write_whole(
     final: Path, state: State, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], companions: Companions
 ) -> None:
+    """Tensors of every kind in one file each, and what lies beside them."""
     partial = begin(final)
     save_file({name: value.contiguous() for name, value in model.items()}, partial / "model.safetensors")
     save_file({name: value.contiguous() for name, value in optimizer.items()}, partial / "optimizer.safetensors")
@@ -199,20 +200,6 @@ def link_and_rotate(final: Path, keep_last: int) -> None:
         shutil.rmtree(old)
 
 
-def consolidate(path: Path, out: Path) -> Path:
-    """Write the checkpoint that `path` means, however it is stored, as one of whole files in `out`.
-
-    Raises CheckpointError where `out` exists, or the checkpoint is damaged.
-    """
-    if out.exists():
-        raise CheckpointError(f"{out}: exists; name a folder that does not")
-    checkpoint = read_checkpoint(path)
-    companions = Companions(checkpoint.recipe_toml, lambda to: shutil.copyfile(checkpoint.tokenizer_path, to))
-    with failing_whole(out):
-        _write_whole(out, replace(checkpoint.state, shards=0), checkpoint.model(), checkpoint.optimizer(), companions)
-    return checkpoint.path
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a folder, oldest first."""
     found = [
@@ -265,7 +252,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, assign: bool = False) -> None:
     """The checkpoint's weights, as `load_tensors`; of sharded parameters only this process's part is read."""
     expected = model.state_dict()
-    if any(isinstance(tensor, DTensor) for tensor in expected.values()):
+    if any(is_shard(tensor) for tensor in expected.values()):
         checkpoint.read_into("model", lambda shapes, _: _fitting(expected, shapes, str(checkpoint.path)))
     else:
         load_tensors(model, checkpoint.model(), where=str(checkpoint.path), assign=assign)
@@ -280,14 +267,14 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str,
 def read_optimizer(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's tensors by kind and name; of a sharded parameter's, this process's part alone."""
     parameters = dict(model.named_parameters())
-    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if not any(is_shard(parameter) for parameter in parameters.values()):
         return checkpoint.optimizer()
 
     def targets(shapes: sharded.Shapes, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for key, shape in shapes.items():
             like = parameters.get(key.partition("/")[2])
-            if isinstance(like, DTensor) and like.shape == shape:
+            if like is not None and is_shard(like) and like.shape == shape:
                 tensors[key] = torch.zeros_like(like.detach(), dtype=dtypes[key])
             else:
                 tensors[key] = torch.zeros(shape, dtype=dtypes[key])

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from clip_train.runtime.shards import is_shard
 
 Tensors = Sequence[Tensor]
 
@@ -35,4 +36,4 @@ norm: Callable[[Tensors], list[Tensor]] = _named("norm")
 
 def local(tensors: Tensors) -> list[Tensor]:
     """This process's shards of sharded tensors, sharing their memory: all that elementwise work needs."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if is_shard(tensor) else tensor for tensor in tensors]

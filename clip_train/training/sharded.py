@@ -20,13 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clip_train.errors import CheckpointError
+from clip_train.runtime.shards import is_shard
 
 KINDS = ("model", "optimizer")
 
@@ -44,7 +40,7 @@ def parts_of(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Part]
     """What this process writes: its shards (those of one replica only), and on the first process the whole tensors."""
     parts: dict[str, Part] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if is_shard(tensor):
             *replicas, _ = tensor.device_mesh.get_coordinate() or [0]
             local = tensor.to_local()
             if local.numel() and not any(replicas):
@@ -98,29 +94,39 @@ def read_into(path: Path, targets: Targets) -> dict[str, Tensor]:
     """
     try:
         return _read_folder(path, targets) if path.is_dir() else _read_file(path, targets)
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not whole safetensors ({error}); use an earlier checkpoint") from error
 
 
 def _read_folder(folder: Path, targets: Targets) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     stored = {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
     shapes = {name: tensor.size for name, tensor in stored.items()}
     filled = targets(shapes, {name: tensor.properties.dtype for name, tensor in stored.items()})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-        load({**filled}, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        try:
+            load({**filled}, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        except CheckpointException as error:
+            raise SafetensorError(str(error)) from error
     return filled
 
 
 def _read_file(path: Path, targets: Targets) -> dict[str, Tensor]:
+    from torch.distributed.tensor import distribute_tensor
+
     with safe_open(path, framework="pt") as file, torch.no_grad():
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         shapes = {name: torch.Size(part.get_shape()) for name, part in slices.items()}
         filled = targets(shapes, {name: DTYPES[part.get_dtype()] for name, part in slices.items()})
         for name, target in filled.items():
             whole = file.get_tensor(name)
-            if isinstance(target, DTensor):  # every process cuts out its own part: nothing is sent
+            if is_shard(target):  # every process cuts out its own part: nothing is sent
                 whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
                 target = target.to_local()
             target.copy_(whole)

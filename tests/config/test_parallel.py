@@ -19,6 +19,7 @@ FSDP = "training.parallel.kind=fsdp"
         (["training.parallel={kind='ddp', static_graph=true}", "training.micro_batch=4"], "micro_batch"),
         (["training.sync_batch_norm=true"], "sync_batch_norm"),
         ([FSDP, "optimizer={kind='muon', lr=0.1}"], "muon"),
+        ([FSDP, "optimizer={kind='lamb', lr=0.1}"], "lamb"),
     ],
 )
 def test_contradictions(overrides: list[str], message: str) -> None:

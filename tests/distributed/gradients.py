@@ -39,7 +39,6 @@ OBJECTIVES: dict[str, Objective] = {
 }
 REFERENCE = {"tiled": "dense", "tiled_groups": "groups", "tiled_sigmoid": "sigmoid"}
 """The objective whose gradients another must give; for the rest, its own on one process."""
-tiles.CPU_TILE, tiles.LEAST_ROWS = 1, 3  # many tiles of few rows
 STRATEGIES: dict[str, Replicated | Sharded] = {
     "ddp": Replicated(),
     "static": Replicated(static_graph=True),
@@ -167,8 +166,9 @@ def run(case: Case, process: Process) -> dict[str, Tensor]:
 
 
 def main(folder: Path) -> None:
+    tiles.CPU_TILE, tiles.LEAST_ROWS = 1, 3  # many tiles of few rows
     with launched("fp32") as process:
-        assert process.world == int(os.environ["WORLD_SIZE"])
+        assert process.world == int(os.environ.get("WORLD_SIZE", 1))
         process = replace(process, local_world=2)  # hybrid: two nodes of two
         cases = [*matrix(), Case(strategy="compressed")]
         if process.world > 1:

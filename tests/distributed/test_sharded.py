@@ -22,6 +22,7 @@ from clip_train.training.checkpoint import read_checkpoint
 
 RUNS = Path(__file__).parent / "sharded_runs.py"
 FSDP = "training.parallel.kind=fsdp"
+LION = "optimizer={kind='lion',lr=1e-3}"
 EXACT = ("step", "loss", "logit_scale", "lr", "grad_norm", "batch")
 
 
@@ -57,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
         "model": {"embed_dim": 6},  # four processes cannot share it equally
         "optimizer": {"kind": "adamw", "lr": 1e-2},
         "schedule": {"kind": "cosine", "warmup_steps": 2},
-        "training": {"steps": 12, "precision": "fp32", "gradient_clip": 0.5},
+        "training": {"steps": 12, "precision": "fp32", "gradient_clip": 0.5, "ema": {"decay": 0.9}},
         "checkpoint": {"every_steps": 4},
         "logging": {"every_steps": 1},
     }
@@ -75,6 +76,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
         [folder / "two", folder / "four/checkpoints/step_4", FSDP],
         [folder / "two_from_whole", folder / "consolidated", FSDP],
         [folder / "two_again", folder / "two/checkpoints/step_8", FSDP],
+        [folder / "lion", "never", LION],
+        [folder / "lion_sharded", "never", LION, FSDP],
         [folder / "replicated", folder / "four/checkpoints/step_8", "training.activation_checkpointing=true"],
     ]
     (folder / "jobs").write_text("\n".join(" ".join(map(str, job)) for job in jobs))
@@ -98,6 +101,10 @@ def test_going_on_with_other_processes(runs: Path) -> None:
     assert [line["step"] for line in metrics_of(runs / "two")] == list(range(5, 13))
 
 
+def test_lion_takes_shards(runs: Path) -> None:
+    assert_same_run(runs / "lion_sharded", runs / "lion")
+
+
 def test_going_on_is_exact(runs: Path) -> None:
     assert numbers(runs / "two_again") == numbers(runs / "two")[4:]
     assert numbers(runs / "two_from_whole") == numbers(runs / "two"), "from shards or from whole files: the same"
@@ -114,7 +121,12 @@ def test_consolidated_is_what_torch_reads_from_the_shards(runs: Path) -> None:
         again = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
         load(again, storage_reader=HuggingFaceStorageReader(str(sharded / kind)), no_dist=True)
         assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert whole.keys() >= {"exp_avg/logit_scale", "exp_avg_sq/text.token_embedding.weight", "step/logit_scale"}
+    assert whole.keys() >= {
+        "ema/logit_scale",
+        "exp_avg/logit_scale",
+        "exp_avg_sq/text.token_embedding.weight",
+        "step/logit_scale",
+    }
 
 
 def test_a_sharded_checkpoint_loads(runs: Path) -> None:
