@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from clip_train.data.waiting import SlowNotice
 from clip_train.errors import DataError, UserError
@@ -25,6 +26,10 @@ from clip_train.errors import DataError, UserError
 Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
 _SHARED = Path("/dev/shm")
+_FULL_MEMORY = (
+    f"a loader worker cannot go on because {_SHARED} is full: lower data.workers or data.batch_size, or give the "
+    "container more (docker run --shm-size=8g), then run again to go on."
+)
 
 
 class Map(Protocol[Item_co]):
@@ -109,9 +114,24 @@ class _Caught(Dataset[Item | UserError], Generic[Item]):
 
     def __getitem__(self, index: int) -> Item | UserError:
         try:
-            return self.items[index]
+            item = self.items[index]
+            if get_worker_info() is not None:
+                _share(item)
+            return item
         except UserError as error:
             return error
+
+
+def _share(item: object) -> None:
+    """Move an item's tensors to shared memory here. Else a thread of the queue would, whose failure is an item that
+    never comes: the trainer would wait for it for ever.
+    """
+    try:
+        for one in (item, *getattr(item, "__dict__", {}).values()):
+            if isinstance(one, Tensor):
+                one.share_memory_()
+    except RuntimeError as error:
+        raise DataError(f"{_FULL_MEMORY} ({error})") from error
 
 
 def _started(loader: DataLoader[Item]) -> Iterator[Item]:
@@ -137,10 +157,7 @@ def _exit_codes(iterator: Iterator[Any]) -> list[int]:
 
 def _cause_of_death(codes: list[int]) -> str:
     if -signal.SIGBUS in codes:
-        return (
-            f"a loader worker was killed because {_SHARED} is full: lower data.workers or data.batch_size, or give "
-            "the container more (docker run --shm-size=8g)."
-        )
+        return _FULL_MEMORY
     return (
         "a loader worker was killed, most often for want of memory: lower data.workers or data.batch_size, or turn "
         "data.cache_decoded off. Then run again to go on."

@@ -77,7 +77,10 @@ def open_output(folder: Path, settings: dict[str, Any]) -> Generator[tuple[Path,
         raise DataError(
             f"{folder}: was begun with {'; '.join(differing)}. Use the same, name another folder, or remove it."
         )
-    (folder / ".pack").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / ".pack").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written to: {error.strerror}") from error
     with (folder / ".pack" / "lock").open("w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -169,6 +170,7 @@ def read_captions(record: Record) -> list[str]:
 
 def _caption_file(path: Path, name: str | None) -> Any:
     try:
+        _check_file(path)
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SkippedError(f"{path}: {error.strerror}") from error
@@ -221,11 +223,18 @@ def encode_picture(image: Any, options: PictureOptions) -> tuple[str, bytes]:
     return _encode(pixels, options, options.format or _lossless_unless(extension))
 
 
+def _check_file(path: Path) -> None:
+    """A pipe would be waited for, a device read for ever. Raises OSError where there is nothing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise SkippedError(f"{path}: is no regular file")
+
+
 def _picture_bytes(image: Any) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, Path):
         try:
+            _check_file(image)
             return image.read_bytes()
         except OSError as error:
             raise SkippedError(f"{image}: {error.strerror}") from error

@@ -201,6 +201,21 @@ def _folder(folder: Path, image_root: Path | None, encoding: str) -> Source:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """All files, links followed; a folder that contains itself by a link is entered once.
+
+    Raises:
+        DataError: a folder cannot be read, so pictures in it would be lost in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}. Make it readable, or move it away.")
+
+    entered: set[tuple[int, int]] = set()
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        stat = Path(where).stat()
+        if (stat.st_dev, stat.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(where, name) for name in names if not name.startswith("."))

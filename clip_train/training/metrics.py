@@ -23,7 +23,7 @@ class MetricsFile:
         """Keep only lines whose `step` is at most `resume_step`: the rest will be written again."""
         self.path = path
         try:
-            if path.exists():
+            if path.is_file():
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
                 kept = [line for line in lines if _step_of(line) <= resume_step]
                 partial = path.with_suffix(".partial")

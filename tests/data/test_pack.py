@@ -22,6 +22,7 @@ from PIL import Image
 from tars import BytesTokenizer, encoded
 
 from clip_train.cli import main
+from clip_train.data.files import ShardFiles
 from clip_train.data.index_files import parse_index
 from clip_train.data.pack import pack
 from clip_train.data.pack_shard import PictureOptions, encode_picture
@@ -148,7 +149,7 @@ def test_datasets_and_torchvision_objects(tmp_path: Path) -> None:
     for n in range(3):
         (tmp_path / "in" / f"class {n}").mkdir(parents=True)
         (tmp_path / "in" / f"class {n}" / "x.png").write_bytes(picture(n, 8))
-    pack(ImageFolder(tmp_path / "in", target_transform=lambda label: f"class {label}"), tmp_path / "pairs")
+    pack(ImageFolder(tmp_path / "in", target_transform=lambda label: f"class {label}"), tmp_path / "pairs")  # pyright: ignore[reportArgumentType]
     members = unpacked(tmp_path / "pairs")
     for (_, stored), n in zip(members[::2], range(3), strict=True):  # PNG: nothing is lost
         with Image.open(io.BytesIO(stored)) as a, Image.open(io.BytesIO(picture(n, 8))) as b:
@@ -419,3 +420,55 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(DataError, match="cannot be written"):
         pack(rows(2), tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------- nasty folders
+
+
+def test_a_folder_with_everything_that_can_go_wrong(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "a").mkdir(parents=True)
+    odd = b"caf\xe9".decode("utf-8", "surrogateescape")
+    for name in ("good", odd, "pipe", "device", "gone", "folder", "latin", "long", "surrogate"):
+        (folder / "a" / f"{name}.txt").write_text(f"caption of {name!r}")
+        if name in ("good", odd, "latin", "long"):
+            (folder / "a" / f"{name}.png").write_bytes(picture(1))
+    os.mkfifo(folder / "a" / "pipe.png")
+    (folder / "a" / "device.png").symlink_to("/dev/zero")
+    (folder / "a" / "gone.png").symlink_to("nowhere.png")
+    (folder / "a" / "folder.png").mkdir()
+    (folder / "a" / "latin.txt").write_bytes("für".encode("latin-1"))
+    (folder / "a" / "long.txt").write_text("x" * 100_001)
+    (folder / "a" / "surrogate.txt").unlink()
+    (folder / "a" / "surrogate.json").write_text('{"caption": "half \\ud83d"}')
+    (folder / "a" / "surrogate.png").write_bytes(picture(3))
+    (folder / "a" / "loop").symlink_to("..")
+    packed = pack(open_source(folder), tmp_path / "out", max_bad_fraction=1)
+    assert packed.samples == 3
+    assert {Path(one.name).stem: one.cause.rpartition(": ")[2] for one in packed.skipped} == {
+        "pipe": "is no regular file",
+        "device": "is no regular file",
+        "gone": "No such file or directory",
+        "latin": "latin.txt is not UTF-8 at byte 1",
+        "long": "its caption has 100,001 characters, above 100,000",
+    }
+    one = index(str(tmp_path / "out" / "shard-000000.tar"))
+    fields = [json.loads(ShardFiles().read(one, *one.member(row, "json") or (0, 0))) for row in range(len(one))]
+    assert [field["captions"] for field in fields] == [[f"caption of {odd!r}"], ["caption of 'good'"], ["half \ud83d"]]
+    assert fields[0]["name"] == f"a/{odd}.png"
+
+
+def test_a_folder_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.png").write_bytes(picture(1))
+    (tmp_path / "in" / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"closed: cannot be read: Permission denied"):
+        open_source(tmp_path / "in")
