@@ -30,6 +30,7 @@ from clip_train.data.cache import Cache, default_folder
 from clip_train.data.loader import Loader
 from clip_train.data.order import Order
 from clip_train.data.rand_augment import RandAugment
+from clip_train.data.stages import Stage
 from clip_train.data.stream import Stream, open_source
 from clip_train.data.transforms import Augment, Preprocess
 from clip_train.errors import ConfigError
@@ -100,7 +101,8 @@ def build_image_tower(recipe: Recipe) -> Tower:
     arguments = image.model_dump(exclude={"kind"})
     match image:
         case VisionTransformer():
-            return VisionTransformerTower(**arguments)
+            smaller = [stage.image_size for stage in recipe.training.stages if stage.image_size is not None]
+            return VisionTransformerTower(**arguments, smaller_sizes=smaller)
         case ResNet():
             return ModifiedResNet(**arguments)
         case Timm():
@@ -233,7 +235,21 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
         world=world,
         cache_decoded=data.cache_decoded,
         threads=data.threads,
+        stages=build_stages(recipe, tokenizer),
     )
+
+
+def build_stages(recipe: Recipe, tokenizer: BPETokenizer) -> list[Stage]:
+    """The smaller sizes of the first steps. Raises ConfigError for captions longer than the vocabulary's cap."""
+    size, cap = recipe.image.image_size, tokenizer.context_length
+    stages = [
+        Stage(stage.until_step, stage.image_size or size, stage.context_length or cap)
+        for stage in recipe.training.stages
+    ]
+    for stage in stages:
+        if stage.context_length > cap:
+            raise ConfigError(f"training.stages: context_length = {stage.context_length} is above the run's own, {cap}")
+    return stages
 
 
 def build_cache(recipe: Recipe) -> Cache:

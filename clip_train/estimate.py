@@ -13,9 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from clip_train.build import build_model, build_tokenizer
+from clip_train.build import build_model, build_stages, build_tokenizer
 from clip_train.config.schema import Recipe, ResNet, VisionTransformer
+from clip_train.data.stages import Stage
 from clip_train.models.flops import forward_flops, parameter_count
+from clip_train.models.two_tower import TwoTower
+from tokenizer import BPETokenizer
 
 GiB = 2**30
 # Dense peak FLOP/s of 16-bit matrix products, from the makers' data sheets.
@@ -33,6 +36,8 @@ class Estimate:
     """Forward FLOPs of a picture."""
     text_flops: float
     """Forward FLOPs of a caption of the given length."""
+    training_flops: float
+    """Forward and backward of a pair, mean over the run's stages, without patches that are dropped."""
     state_bytes: int
     """Weights, gradients, the optimizer's moments, the average of the weights."""
     activation_bytes: int
@@ -41,11 +46,6 @@ class Estimate:
     """Of all devices."""
     samples: int | None
     """To be seen; None where the recipe counts epochs, since nobody has looked at the data."""
-
-    @property
-    def training_flops(self) -> float:
-        """Forward and backward of a pair."""
-        return 3 * (self.image_flops + self.text_flops)
 
     @property
     def memory_bytes(self) -> int:
@@ -75,6 +75,7 @@ def estimate(
         model = build_model(recipe, tokenizer)
     tokens = float(tokenizer.context_length) if tokens is None else tokens
     flops = forward_flops(model, tokens)
+    training = training_flops(recipe, model, tokenizer, tokens)
     parameters = parameter_count(model)
     batch = recipe.data.batch_size
     share = max(1, batch // devices)
@@ -89,20 +90,35 @@ def estimate(
         parameters=parameters,
         image_flops=flops.image,
         text_flops=flops.text,
+        training_flops=training,
         state_bytes=parameters * (4 + 4 + moments + average + copies),
         activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(recipe, tokens))),
         # Both directions: logits, their softmax and its gradient, fp32, local rows by everybody's columns.
         logit_bytes=2 * 3 * 4 * share * batch,
-        samples_per_second=devices * peak_flops * mfu / (3 * flops.total),
+        samples_per_second=devices * peak_flops * mfu / training,
         samples=samples or (recipe.training.steps * batch if recipe.training.steps else None),
     )
+
+
+def training_flops(recipe: Recipe, model: TwoTower, tokenizer: BPETokenizer, tokens: float) -> float:
+    """FLOPs of a pair in a step, the mean over the steps of the run. All tokens of a caption count, as is usual."""
+    full = Stage(recipe.training.steps or 0, recipe.image.image_size, tokenizer.context_length)
+    if not recipe.training.steps:  # counted in epochs, of data that nobody has looked at: as if all were of full size
+        return 3 * forward_flops(model, tokens, training=True).total
+    total, first = 0.0, 0
+    for stage in (*build_stages(recipe, tokenizer), full):
+        length = min(tokens, stage.context_length)
+        cost = forward_flops(model, length, training=True, image_size=stage.image_size)
+        total += 3 * cost.total * (stage.until_step - first)
+        first = stage.until_step
+    return total / recipe.training.steps
 
 
 def _image_activations(recipe: Recipe) -> float:
     """Values kept for backward of one picture."""
     image = recipe.image
     if isinstance(image, VisionTransformer):
-        tokens = (image.image_size // image.patch_size) ** 2 + 1
+        tokens = (image.image_size // image.patch_size) ** 2 * (1 - image.patch_dropout) + 1
         return image.layers * _block_activations(tokens, image.width, image.heads, image.mlp_ratio)
     if isinstance(image, ResNet):
         cells, width, total = (image.image_size // 4) ** 2, image.width, 0.0

@@ -57,7 +57,7 @@ def open_clip_model(recipe: Recipe, tokenizer: BPETokenizer, model: TwoTower) ->
         case VisionTransformer():
             vision = CLIPVisionCfg(
                 image_size=image.image_size, patch_size=image.patch_size, width=image.width, layers=image.layers,
-                head_width=image.width // image.heads, mlp_ratio=image.mlp_ratio,
+                head_width=image.width // image.heads, mlp_ratio=image.mlp_ratio, patch_dropout=image.patch_dropout,
             )  # fmt: skip
         case ResNet():
             vision = CLIPVisionCfg(
@@ -115,11 +115,13 @@ class OurSide:
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
-        """In fp32, in training mode: BatchNorm's statistics move, as they do on the other side."""
+        """In fp32, in evaluation mode, in which nothing is drawn."""
         look, device = self.recipe.preprocess, self.process.device
         images = normalize(batch.images.to(device), look.mean, look.std)
+        self.model.eval()
         ids = batch.padded_ids(self.tokenizer.pad).to(device)
         image, text, *scalars = self.model(images, ids, batch.lengths.long())
+        self.model.train()
         return float(self.objective.loss(Features.local(image, text), *scalars).total)
 
     def update(self, batch: Batch, step: int, lr: float) -> Tensor:
@@ -208,9 +210,11 @@ class OpenClipSide:
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
-        """In fp32, in training mode."""
+        """In fp32, in evaluation mode."""
         images, ids = peer_inputs(self.recipe, batch, self.tokenizer)
-        return float(self.losses(**self.model(images.to(self.device), ids.to(self.device)))["contrastive_loss"])
+        output = self.model.eval()(images.to(self.device), ids.to(self.device))
+        self.model.train()
+        return float(self.losses(**output)["contrastive_loss"])
 
     def train(self, inputs: Sequence[tuple[Tensor, Tensor]], part: int) -> list[float]:
         """Its loop over the batches of part `part` of equal parts; the losses."""

@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     for name, tokens in (("open_clip", cap), ("clip-train", cap if args.pad else captions / samples)):
         rate = samples / times[name].median
         # Each side's own work: open_clip computes every token of the last block too.
-        flops = 3 * forward_flops(model, tokens, pooled_only=name == "clip-train").total
+        flops = 3 * forward_flops(model, tokens, pooled_only=name == "clip-train", training=True).total
         row = Row(name, tokens, rate, times[name].median / args.steps, flops * rate / peak, memory[name])
         rows.append(row)
     title = f"training step, {recipe.name}, batch {recipe.data.batch_size}, {recipe.training.precision}"

@@ -7,6 +7,7 @@ take plain keyword arguments, and `clip_train.build` turns one into the other.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -162,6 +163,8 @@ class VisionTransformer(Section):
     mlp_ratio: PositiveFloat = 4.0
     pool: Literal["cls", "mean", "map"] = "cls"
     activation: Literal["gelu", "quick_gelu"] = "gelu"
+    patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of a picture's patches that training leaves out, drawn anew in every step (FLIP)."""
 
 
 class ResNet(Section):
@@ -357,6 +360,16 @@ class EMA(Section):
     """Share of the average that an update keeps; less in the first updates: at most (1 + t) / (10 + t) after t."""
 
 
+class Stage(Section):
+    """The first part of a run at smaller sizes, as CLIPA and RECLIP do; each defaults to the full one."""
+
+    until_step: PositiveInt
+    """The stage's first step that is no longer in it; the next stage, or full size, begins there."""
+    image_size: PositiveInt | None = None
+    context_length: Annotated[int, Field(ge=3)] | None = None
+    """Longest caption in tokens: SOT, its first tokens, EOT."""
+
+
 class Training(Section):
     """The loop."""
 
@@ -388,6 +401,8 @@ class Training(Section):
     """Keep an average of the weights: `[training.ema]`, or `--set training.ema.decay=0.9999`."""
     parallel: Annotated[DDP | FSDP, Field(discriminator="kind")] = DDP()
     """How the model is spread over several processes."""
+    stages: list[Stage] = []
+    """Smaller pictures and shorter captions first, in order of `until_step`; what remains is at full size."""
 
     @model_validator(mode="after")
     def _has_a_length(self) -> Training:
@@ -399,6 +414,11 @@ class Training(Section):
     def _fits_parallel(self) -> Training:
         if self.parallel.kind == "ddp" and self.parallel.static_graph and self.micro_batch is not None:
             raise ValueError("micro_batch runs several backward passes a step, which parallel.static_graph rules out")
+        if self.stages and self.steps is None:
+            raise ValueError("stages end at steps: give training.steps, not training.epochs")
+        ends = [0, *(stage.until_step for stage in self.stages)]
+        if any(end <= begin for begin, end in pairwise([*ends, self.steps or 1])):
+            raise ValueError(f"stages end at {ends[1:]}: each must be longer than 0 steps, and end before {self.steps}")
         if self.precision == "fp16" and self.parallel.kind == "fsdp":
             raise ValueError("precision = 'fp16' scales the loss, which is not supported with parallel.kind = 'fsdp'")
         return self
@@ -522,7 +542,26 @@ class Recipe(Section):
             raise ValueError("evaluation.weights = 'ema' needs an average to measure: add [training.ema]")
         if self.training.sync_batch_norm and self.image.kind != "resnet":
             raise ValueError("training.sync_batch_norm is for image.kind = 'resnet': there is no BatchNorm elsewhere")
+        for stage in self.training.stages:
+            _check_stage(stage, self.image)
         if self.training.parallel.kind == "fsdp" and self.optimizer.kind in ("muon", "lamb"):
             kind = self.optimizer.kind
             raise ValueError(f"optimizer.kind = '{kind}' needs whole matrices: take training.parallel.kind = 'ddp'")
         return self
+
+
+def _check_stage(stage: Stage, image: VisionTransformer | ResNet | Timm) -> None:
+    size = stage.image_size
+    if size is None:
+        if stage.context_length is None:
+            raise ValueError(
+                f"the stage until step {stage.until_step} changes nothing: give image_size, context_length"
+            )
+        return
+    if not isinstance(image, VisionTransformer):
+        raise ValueError(f"training.stages: image.kind = {image.kind!r} takes one size; only 'vit' can start smaller")
+    if size > image.image_size or size % image.patch_size:
+        raise ValueError(
+            f"training.stages: image_size = {size} is not a multiple of image.patch_size = {image.patch_size} up to "
+            f"image.image_size = {image.image_size}"
+        )

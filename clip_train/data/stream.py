@@ -7,8 +7,9 @@ before.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from clip_train.data.hashing import AUGMENT, CAPTION, SUBSTITUTE, TURN, mix, tex
 from clip_train.data.order import Order, Position
 from clip_train.data.prefetch import Prefetcher, check_room
 from clip_train.data.shards import ShardIndex, data_fingerprint, index_all, resolve
+from clip_train.data.stages import Shortened, Stage, stage_at
 from clip_train.data.threads import Threads
 from clip_train.data.transforms import DRAWS, Augment
 from clip_train.errors import DataError
@@ -102,6 +104,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
             takes
             w times the pictures' pixels.
         threads: samples read and decoded at the same time, in each process that reads.
+        stages: smaller sizes of the first steps.
 
     Raises:
         DataError: no samples, fewer than a batch, a batch that the ranks cannot share, or weights for some
@@ -123,6 +126,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         world: int = 1,
         cache_decoded: bool = False,
         threads: int = 1,
+        stages: Sequence[Stage] = (),
     ) -> None:
         if batch_size % world:
             raise DataError(f"data.batch_size {batch_size} cannot be shared by {world} processes: make it a multiple")
@@ -142,6 +146,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         self._prefetcher = Prefetcher()
         self._threads = Threads(threads)
         self._decoded: dict[tuple[int, int, int], Pixels] | None = {} if cache_decoded else None
+        self._stages = [(stage, self._at(stage)) for stage in stages]
 
     @property
     def samples(self) -> int:
@@ -154,6 +159,24 @@ class Stream(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """This rank's part of the global batch of a step."""
+        stage = stage_at([stage for stage, _ in self._stages], step)
+        return next((stream for one, stream in self._stages if one is stage), self)._batch(step)
+
+    def _at(self, stage: Stage) -> Stream:
+        """The same samples and draws, at a stage's sizes."""
+        other = copy.copy(self)
+        other.augment = replace(self.augment, size=stage.image_size)
+        own = {source.name: source.augment for source in self.sources}
+        other.sources = [
+            source
+            if (view := own[source.name]) is None
+            else replace(source, augment=replace(view, size=stage.image_size))
+            for source in self.sources
+        ]
+        other.tokenizer = Shortened(self.tokenizer, stage.context_length)
+        return other
+
+    def _batch(self, step: int) -> Batch:
         local = self.batch_size // self.world
         rows = range(self.rank * local, (self.rank + 1) * local)
         positions = self.order.rows(step, rows.start, rows.stop)

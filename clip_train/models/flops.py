@@ -5,7 +5,8 @@ Counted: matrix products and convolutions, attention in full (a causal mask halv
 Nothing is allocated: a model built under `torch.device("meta")` will do.
 
 A tower's FLOPs are those of all its tokens, the figure that the field quotes; with `pooled_only` those of its pooled
-vector alone, which is what a step computes (`Tower.forward`) and what its share of a device's peak is made of.
+vector alone, which is what a step computes (`Tower.forward`) and what its share of a device's peak is made of; so is
+`training`, without the patches that training leaves out.
 """
 
 from __future__ import annotations
@@ -39,11 +40,19 @@ class ForwardFlops:
         return self.image + self.text
 
 
-def forward_flops(model: TwoTower, caption_length: float, pooled_only: bool = False) -> ForwardFlops:
+def forward_flops(
+    model: TwoTower,
+    caption_length: float,
+    pooled_only: bool = False,
+    *,
+    training: bool = False,
+    image_size: int | None = None,
+) -> ForwardFlops:
     """FLOPs of encoding one picture and one caption of `caption_length` tokens (a mean may be fractional)."""
     embed_dim = model.embed_dim
     return ForwardFlops(
-        image=image_flops(model.image, pooled_only) + 2 * model.image.width * embed_dim,
+        image=image_flops(model.image, pooled_only, training=training, image_size=image_size)
+        + 2 * model.image.width * embed_dim,
         text=text_flops(model.text, caption_length, pooled_only) + 2 * model.text.width * embed_dim,
     )
 
@@ -53,10 +62,12 @@ def parameter_count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_flops(tower: Tower, pooled_only: bool = False) -> float:
-    """FLOPs of one picture through an image tower, without the projection."""
+def image_flops(
+    tower: Tower, pooled_only: bool = False, *, training: bool = False, image_size: int | None = None
+) -> float:
+    """FLOPs of one picture through an image tower, without the projection. Only a ViT takes another `image_size`."""
     if isinstance(tower, VisionTransformer):
-        patches = (tower.image_size // tower.patch_size) ** 2
+        patches = tower.patches_seen(image_size or tower.image_size, training)
         tokens = patches + (tower.pool == "cls")
         flops = 2 * patches * tower.patch_embedding.weight.numel()
         flops += _blocks(tower, tokens, pooled_only and tower.pool == "cls")

@@ -89,6 +89,8 @@ class Interval:
     steps: int = 0
     samples: int = 0
     tokens: int = 0
+    image_flops: float = 0.0
+    """Forward, of all pictures."""
     waited: float = 0.0
 
     @classmethod

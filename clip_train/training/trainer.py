@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     recipe, process = run.recipe, run.process
     steps, every = run.steps, recipe.logging.every_steps
     objective = build_objective(recipe)
-    image_cost = image_flops(run.model.image, pooled_only=True)
+    image_cost = lru_cache(lambda size: image_flops(run.model.image, True, training=True, image_size=size))
     peak = measured_peak_flops(process.device, recipe.training.precision) * process.world
     metrics = MetricsFile(run.run_dir / "metrics.jsonl", run.step) if process.is_main else None
     trackers = Trackers(
@@ -118,6 +119,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
             interval.steps += 1
             interval.samples += len(batch)
             interval.tokens += int(batch.ids.numel())
+            interval.image_flops += len(batch) * image_cost(batch.images.shape[-1])
             sources.add(batch.sources, result.rows)
             run.captions_cut += batch.captions_cut
             progress.advance()
@@ -131,7 +133,8 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                 by_source = sources.read()
                 digest = collectives.sum_modulo_2_63(batch.digest_part(), process.device)
                 rates = interval.rates(process.world)
-                forward = image_cost + text_flops(run.model.text, interval.tokens / interval.samples, pooled_only=True)
+                forward = interval.image_flops / interval.samples
+                forward += text_flops(run.model.text, interval.tokens / interval.samples, pooled_only=True)
                 line: dict[str, Any] = {
                     "step": run.step,
                     **dict(zip(names, means, strict=True)),
@@ -140,6 +143,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                     "grad_norm": result.grad_norm,
                     **rates,
                     "mfu": 3 * forward * rates["samples_per_second"] / peak,
+                    **({"image_size": batch.images.shape[-1]} if recipe.training.stages else {}),
                     "batch": f"{digest:016x}",
                     "samples": run.samples,
                     "epoch": run.samples / run.stream.samples,
