@@ -206,7 +206,7 @@ class Augment:
         if not bends and not changes:
             return images
         # Means in integers: their sum is the same in any order, on any number of threads.
-        means = images.sum(dim=(2, 3), dtype=torch.int64).numpy() / (self.size * self.size)
+        means = images.numpy().reshape(len(images), 3, -1).sum(-1, dtype=np.uint32) / (self.size * self.size)
         maps, colours = self._affine(draws, flips), self._colours(means, draws)
         # A few pictures at a time, so that the floats between the steps stay in the processor's cache.
         few = max(1, _IN_CACHE // (3 * self.size * self.size))
