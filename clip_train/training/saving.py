@@ -105,7 +105,7 @@ class Saver:
         self._hook.remove()
         if kind is None:
             self.finish()
-        elif self._thread is not None:
+        elif self._thread is not None and issubclass(kind, Exception):  # not for who asked twice to end at once
             self._thread.join(60)  # other processes may be gone: do not wait for them for ever
 
     @property
