@@ -68,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="auto|never|PATH",
         help="go on from the run's newest checkpoint where there is one (default), never, or from this checkpoint",
     )
+    train.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY[,KEY]",
+        help="go on although these differ from the checkpoint, e.g. data.batch_size,training.seed,data.sources",
+    )
     train.set_defaults(run=run_train)
 
     quickstart = commands.add_parser("quickstart", help="tokenizer, training, evaluation and report in one go")
@@ -176,7 +183,9 @@ def run_train(args: argparse.Namespace) -> int:
     from clip_train.launch import run_recipe as launch
 
     recipe = load_recipe(args.recipe, args.overrides)
-    return launch(recipe, args.run_dir or Path("runs") / recipe.name, resume=args.resume, console=console)
+    run_dir = args.run_dir or Path("runs") / recipe.name
+    allowed = [key for part in args.allow_changed for key in part.split(",") if key]
+    return launch(recipe, run_dir, resume=args.resume, console=console, allow_changed=allowed)
 
 
 def run_quickstart(args: argparse.Namespace) -> int:

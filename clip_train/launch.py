@@ -32,7 +32,9 @@ from clip_train.training.trainer import train
 from tokenizer import BPETokenizer
 
 
-def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) -> int:
+def run_recipe(
+    recipe: Recipe, run_dir: Path, *, resume: str, console: Console, allow_changed: Sequence[str] = ()
+) -> int:
     """Train a recipe and evaluate it. Returns the exit code: 0, or `exit_code` of the signal that ended it."""
     trackers = ["wandb"] * bool(recipe.logging.wandb_project) + ["tensorboard"] * recipe.logging.tensorboard
     for tracker in trackers:
@@ -60,7 +62,15 @@ def run_recipe(recipe: Recipe, run_dir: Path, *, resume: str, console: Console) 
             with unsharded(model):
                 return evaluate_loaded(loaded, run_dir, process, console)
 
-        outcome = train(recipe, run_dir, process, resume=resume, console=console, evaluate=evaluate_now)
+        outcome = train(
+            recipe,
+            run_dir,
+            process,
+            resume=resume,
+            console=console,
+            evaluate=evaluate_now,
+            allow_changed=allow_changed,
+        )
         if process.is_main:
             mark_interrupted(run_dir, outcome.signal, outcome.step)
             if outcome.signal is not None:

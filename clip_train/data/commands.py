@@ -64,6 +64,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     order.add_argument(
         "--steps", required=True, metavar="A:B", help="both included, numbered as in metrics.jsonl: from 1"
     )
+    order.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="as a run goes on from it: after --allow-changed, samples count on",
+    )
     order.add_argument("--ranks", type=int, default=1, metavar="N", help="training processes (default 1)")
     order.add_argument("--workers", type=int, metavar="K", help="loader workers of each (default: the recipe's)")
     lines = order.add_mutually_exclusive_group()
@@ -171,10 +177,14 @@ def run_order(args: argparse.Namespace) -> int:
     from clip_train.build import build_stream, build_tokenizer, total_steps
     from clip_train.config import load_recipe
     from clip_train.data.inspect_order import listing, parse_steps
+    from clip_train.training.changes import origin_after
+    from clip_train.training.checkpoint import read_checkpoint
 
     steps = parse_steps(args.steps)
     recipe = load_recipe(args.recipe, args.overrides)
     stream = build_stream(recipe, build_tokenizer(recipe))
+    if args.checkpoint is not None:
+        stream.order.origin = origin_after(recipe, read_checkpoint(args.checkpoint), stream)
     last = total_steps(recipe, stream.order)
     if steps[-1] > last:
         note = f"note: the recipe ends with step {last} (training.{'epochs' if recipe.training.epochs else 'steps'})"

@@ -153,6 +153,11 @@ class Stream(torch.utils.data.Dataset[Batch]):
         """Samples of all sources: an epoch, where weights are proportional."""
         return self.order.samples
 
+    @property
+    def contents(self) -> dict[str, dict[str, int]]:
+        """Shards and samples of each source."""
+        return {one.name: {"shards": len(one.indexes), "samples": sum(one.counts)} for one in self.sources}
+
     def keys(self, step: int) -> list[str]:
         """Keys of the whole global batch of a step; reads nothing, so bad samples are not replaced."""
         return [self.sources[p.source].indexes[p.shard].key(p.sample) for p in self.order.batch(step)]

@@ -50,6 +50,12 @@ class State:
     tokenizer_fingerprint: str
     bad_samples: int = 0
     captions_cut: int = 0
+    sources: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Shards and samples of each source."""
+    origin: tuple[int, int] = (0, 0)
+    """A step and the number of the sample with which it began: other than 0 after an accepted change."""
+    changes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Accepted changes: `{"step": …, "samples": …, "changed": {key: [old, new]}}`."""
     shards: int = 0
     """Files that each kind of tensors is cut into; 0 for one whole file."""
     scaler: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -242,7 +248,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raw = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {raw['format']}, but this version reads format {FORMAT}")
-        state = State(**raw)
+        state = State(**raw | {"origin": tuple(raw.get("origin", (0, 0)))})
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}/state.json: damaged ({error!r}); use an earlier checkpoint beside it") from error
     sharded.check_complete(path, state.shards)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -56,6 +58,8 @@ class Run:
     step: int = 0
     captions_cut: int = 0
     """Captions longer than the tokenizer's cap, in this process; what came before a resume is in the first one."""
+    changes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """What was accepted to be other than at the beginning, and since when (see `changes`)."""
     saved_step: int = -1
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -74,7 +78,9 @@ class Run:
         return self.recipe.data.batch_size // self.process.world
 
 
-def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, console: Console) -> Run:
+def set_up(
+    recipe: Recipe, run_dir: Path, process: Process, *, resume: str, allow_changed: Sequence[str], console: Console
+) -> Run:
     """Build everything, prove that a step fits, open the data, restore the newest checkpoint."""
     if recipe.data.batch_size % process.world:
         raise ConfigError(
@@ -113,13 +119,15 @@ def set_up(recipe: Recipe, run_dir: Path, process: Process, *, resume: str, cons
         model=model,
         load_optimizer=lambda tensors: load_state(run, tensors),
         scaler=process.scaler,
-        data_fingerprint=stream.fingerprint,
+        stream=stream,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        allow_changed=allow_changed,
         notify=console.print if process.is_main else lambda _: None,
     )
     if state is not None:
         run.step = run.saved_step = state.step
         run.bad_samples.bad, run.bad_samples.seen = state.bad_samples, state.samples + state.bad_samples
+        run.changes = state.changes
         run.captions_cut = state.captions_cut if process.is_main else 0
         if run.steps < run.step:
             raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import is_sharded
 from clip_train.runtime.process import Process
+from clip_train.training.changes import changes_between
 from clip_train.training.checkpoint import Companions, State
 from clip_train.training.metrics import Interval, MetricsFile, Trackers, measured_peak_flops
 from clip_train.training.optimizer import named_state
@@ -58,14 +59,22 @@ class Outcome:
 
 
 def train(
-    recipe: Recipe, run_dir: Path, process: Process, *, resume: str, console: Console, evaluate: Evaluate
+    recipe: Recipe,
+    run_dir: Path,
+    process: Process,
+    *,
+    resume: str,
+    console: Console,
+    evaluate: Evaluate,
+    allow_changed: Sequence[str] = (),
 ) -> Outcome:
     """Train a recipe in `run_dir` to its last step, or to the first SIGTERM, SIGINT or SIGUSR1.
 
-    `resume` is `auto` (go on from the run's newest checkpoint where there is one), `never`, or a checkpoint's path.
-    Raises UserError for everything that a person can mend.
+    `resume` is `auto` (go on from the run's newest checkpoint where there is one), `never`, or a checkpoint's path;
+    `allow_changed` are keys that may differ from the checkpoint's. Raises UserError for everything that a person can
+    mend.
     """
-    run = set_up(recipe, run_dir, process, resume=resume, console=console)
+    run = set_up(recipe, run_dir, process, resume=resume, allow_changed=allow_changed, console=console)
     with stop_signals() as stop, open_saver(run) as saver:
         return loop(run, stop, evaluate, saver)
 
@@ -131,6 +140,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                 means = [float(value) / process.world for value in values]
                 *means, cut = collectives.sum_over_processes([*means, run.captions_cut], process.device)
                 by_source = sources.read()
+                changed = changes_between(run.changes, (run.step - 1) // every * every, run.step)
                 digest = collectives.sum_modulo_2_63(batch.digest_part(), process.device)
                 rates = interval.rates(process.world)
                 forward = interval.image_flops / interval.samples
@@ -150,6 +160,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                     "bad_samples": run.bad_samples.bad,
                     "captions_cut": int(cut),
                     **({"sources": by_source} if by_source else {}),
+                    **({"changed": changed} if changed else {}),
                 }
                 if metrics is not None:
                     metrics.write(line)
@@ -282,6 +293,9 @@ def save(run: Run, saver: Saver) -> None:
         tokenizer_fingerprint=run.tokenizer.fingerprint,
         bad_samples=run.bad_samples.bad,
         captions_cut=int(captions_cut),
+        sources=run.stream.contents,
+        origin=run.stream.order.origin,
+        changes=run.changes,
         scaler={} if scaler is None else scaler.state_dict(),
         versions={
             "python": platform.python_version(),

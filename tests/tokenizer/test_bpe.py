@@ -102,16 +102,6 @@ def test_truncation_keeps_eot(cap: int) -> None:
         assert set(ids[1:-1].tolist()) <= set(tokenizer.encode("dog"))
 
 
-def test_cuts_are_counted() -> None:
-    tokenizer = BPETokenizer.default(context_length=16)
-    texts = ["dog " * words for words in (1, 14, 15, 13, 200)]
-    ids, lengths, cut = tokenizer.encode_counting_cuts(texts)
-    assert cut == sum(len(tokenizer.encode(text)) > 14 for text in texts) == 2
-    assert tokenizer.encode_counting_cuts(texts[:2])[2] == 0
-    for ours, plain in zip((ids, lengths), tokenizer.encode_batch(texts), strict=True):
-        assert ours.tolist() == plain.tolist()
-
-
 def test_batch_is_concatenated_int32(default: BPETokenizer) -> None:
     ids, lengths = default.encode_batch(["a dog", "", "two cats on a mat"])
     assert ids.dtype == lengths.dtype == np.int32

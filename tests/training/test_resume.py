@@ -146,3 +146,66 @@ def test_longer_training_is_said_aloud(
     assert main(["train", str(recipe), *arguments]) == 0
     assert "training.steps changes from 4 to 6" in capfd.readouterr().out.replace("\n", " ")
     assert [line["step"] for line in metrics_of(tmp_path / "longer")][-1] == 6
+
+
+def test_accepted_changes_go_on_with_the_next_sample(
+    finished: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another batch size: the samples after the checkpoint's 32, in batches of 4, as `data order` says."""
+    recipe, run_dir = finished
+    changed = ["--set", "data.batch_size=4", "--set", "training.steps=8"]
+    where = ["--run-dir", str(tmp_path / "other"), "--resume", str(run_dir)]
+    assert main(["train", str(recipe), *where, *changed]) == 2
+    assert (
+        "--allow-changed data.batch_size: the run then goes on with step 5 after 32 samples" in capfd.readouterr().err
+    )
+    assert main(["train", str(recipe), *where, *changed, "--allow-changed", "text"]) == 2
+    assert "--allow-changed text: cannot be changed" in capfd.readouterr().err
+    assert main(["train", str(recipe), *where, *changed, "--allow-changed", "data.batch_size,optimizer"]) == 0
+    assert "step 5 after 32 samples" in capfd.readouterr().out.replace("\n", " ")
+    last = metrics_of(tmp_path / "other")[-1]
+    assert (last["step"], last["samples"]) == (8, 48)
+    assert last["changed"] == {"data.batch_size": [8, 4]}
+    state = json.loads((tmp_path / "other/checkpoints/latest/state.json").read_text())
+    assert state["changes"] == [{"step": 4, "samples": 32, "changed": {"data.batch_size": [8, 4]}}]
+
+    def order(*arguments: str) -> list[dict[str, str]]:
+        capfd.readouterr()
+        assert main(["data", "order", str(recipe), *arguments]) == 0
+        names, *lines = capfd.readouterr().out.splitlines()
+        return [dict(zip(names.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+    old = order("--steps", "5:6")
+    for checkpoint in (run_dir, tmp_path / "other"):  # before the change was made, and after
+        new = order("--steps", "5:8", "--set", "data.batch_size=4", "--checkpoint", str(checkpoint))
+        assert [row["key"] for row in new] == [row["key"] for row in old]
+        assert new[-1]["batch"] == last["batch"]
+    # Going on once more needs no flag, and the samples before the change are not counted anew.
+    assert (
+        main(["train", str(recipe), "--run-dir", str(tmp_path / "other"), *changed, "--set", "training.steps=9"]) == 0
+    )
+    assert metrics_of(tmp_path / "other")[-1]["samples"] == 52
+
+
+def test_changed_shards_are_shown(
+    finished: tuple[Path, Path], shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run_dir = finished
+    fewer = ["--set", f"data.sources.s.shards={shards.replace('..2', '..1')}"]
+    arguments = ["train", str(recipe), "--run-dir", str(tmp_path / "run"), "--resume", str(run_dir), *fewer]
+    assert main(arguments) == 2
+    assert "{0..2}.tar' in the checkpoint" in capfd.readouterr().err
+    # The same samples from another place are no change.
+    for path in Path(shards).parent.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    moved = ["--set", f"data.sources.s.shards={tmp_path}/*.tar", "--set", "training.steps=5"]
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run"), "--resume", str(run_dir), *moved]) == 0
+    # Under the same names, fewer samples: what there was and what there is.
+    (tmp_path / "train-2.tar").unlink()
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run"), *moved]) == 2
+    error = capfd.readouterr().err
+    assert "{'s': {'shards': 3, 'samples': 60}} in the checkpoint, {'s': {'shards': 2, 'samples': 40}} now" in error
+    assert "--allow-changed data.sources:" in error
+    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run"), *moved[:2], "--set", "training.steps=6",
+                 "--allow-changed", "data.sources"]) == 0  # fmt: skip
+    assert metrics_of(tmp_path / "run")[-1]["samples"] == 48
