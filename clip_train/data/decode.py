@@ -172,6 +172,8 @@ def to_rgb(image: Image.Image) -> Pixels:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
+    if image.mode == "F":  # Pillow would cut it to 0..255: mostly black
+        raise DecodeError("its numbers are floating-point: which is black and which is white is not said")
     if image.mode.startswith("I"):  # 16 bits a sample; Pillow's own conversion clips at 255
         image = _eight_bits(image)
     if image.has_transparency_data:
@@ -182,8 +184,12 @@ def to_rgb(image: Image.Image) -> Pixels:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    return Image.fromarray(((np.clip(values, 0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+    values = np.asarray(image)
+    found = np.empty(values.shape, dtype=np.uint8)
+    for row in range(0, len(values), 64):  # of the whole in 64 bits a large picture would take gigabytes
+        part = np.clip(values[row : row + 64].astype(np.int64), 0, 65535)
+        found[row : row + 64] = (part * 255 + 32767) // 65535
+    return Image.fromarray(found)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,24 @@ def test_sixteen_bits() -> None:
     found = decode(encoded(Image.fromarray(values)))
     assert found[0, :, 0].tolist() == [0, 1, 128, 255]
     assert (found[..., 0] == found[..., 2]).all()
+
+
+def test_sixteen_bits_take_no_more_memory_than_the_pixels() -> None:
+    values = np.arange(4000 * 1000, dtype=np.uint32).reshape(4000, 1000).astype(np.uint16)
+    data = encoded(Image.fromarray(values))
+    tracemalloc.start()
+    found = decode(data)
+    _, peak = tracemalloc.get_traced_memory()  # numpy's own; Pillow's picture of 8 MB comes on top
+    tracemalloc.stop()
+    assert peak < 3 * found.nbytes
+    wanted = (values.astype(np.float64) * 255 / 65535).round()
+    assert (found[..., 0] == wanted).all()
+
+
+def test_floating_point_pictures_are_refused() -> None:
+    """Values from 0 to 1 would become black in silence."""
+    with pytest.raises(DecodeError, match="floating-point"):
+        decode(encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"))
 
 
 def test_sixteen_bits_rgb_png() -> None:
