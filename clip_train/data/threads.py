@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 _PIECES = 4
@@ -33,7 +31,7 @@ class Threads:
             return [function(item) for item in items]
         if self._pool is None or self._process != os.getpid():  # the threads of a parent did not come along
             self._process = os.getpid()
-            self._pool = ThreadPoolExecutor(self.count, "decode", torch.set_num_threads, (1,))
+            self._pool = ThreadPoolExecutor(self.count, "decode")
         size = -(-len(items) // (_PIECES * self.count))
         pieces = [items[start : start + size] for start in range(0, len(items), size)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -75,3 +76,18 @@ def test_a_shard_that_another_thread_reads_is_not_closed_under_it(tmp_path: Path
 
     expected = [f"{n % 4} {indexes[n % 4].key(n % 50)}".encode() for n in range(2000)]
     assert Threads(8).map(read, range(2000)) == expected
+
+
+def test_the_threads_of_tensor_operations_stay_as_many() -> None:
+    """Setting them in one thread would set them for all that start later, autograd's among them."""
+    counts: list[int] = []
+
+    def note() -> None:
+        counts.append(torch.get_num_threads())
+
+    for _ in range(2):
+        probe = Thread(target=note)
+        probe.start()
+        probe.join()
+        Threads(2).map(lambda n: torch.ones(n).sum(), range(10))
+    assert counts[0] == counts[1]
