@@ -80,14 +80,14 @@ def test_a_shard_that_another_thread_reads_is_not_closed_under_it(tmp_path: Path
 
 def test_the_threads_of_tensor_operations_stay_as_many() -> None:
     """Setting them in one thread would set them for all that start later, autograd's among them."""
-    counts: list[int] = []
-
-    def note() -> None:
-        counts.append(torch.get_num_threads())
-
-    for _ in range(2):
-        probe = Thread(target=note)
-        probe.start()
-        probe.join()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
         Threads(2).map(lambda n: torch.ones(n).sum(), range(10))
-    assert counts[0] == counts[1]
+        counts: list[int] = []
+        later = Thread(target=lambda: counts.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [2]
