@@ -1,7 +1,7 @@
 """What a recipe costs before anything is allocated: parameters, FLOPs, memory, samples/s, days.
 
 Memory is a model of one process: weights, gradients and Adam's moments in fp32, the low-precision copies autocast
-keeps of the weights, activations of one micro-batch, and the loss's logits. It is an estimate: ±25 % is usual.
+keeps of the weights, activations of one micro-batch, and the loss. It is an estimate: ±25 % is usual.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from clip_train.config.schema import Recipe, ResNet, VisionTransformer
 from clip_train.data.stages import Stage
 from clip_train.models.flops import forward_flops, parameter_count
 from clip_train.models.two_tower import TwoTower
+from clip_train.objectives.tiles import logit_bytes
 from tokenizer import BPETokenizer
 
 GiB = 2**30
@@ -41,7 +42,8 @@ class Estimate:
     state_bytes: int
     """Weights, gradients, the optimizer's moments, the average of the weights."""
     activation_bytes: int
-    logit_bytes: int
+    loss_bytes: int
+    """Logits, or tiles of them, and everybody's features with their gradients."""
     samples_per_second: float
     """Of all devices."""
     samples: int | None
@@ -49,7 +51,7 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        return self.state_bytes + self.activation_bytes + self.logit_bytes
+        return self.state_bytes + self.activation_bytes + self.loss_bytes
 
     @property
     def days(self) -> float | None:
@@ -93,8 +95,7 @@ def estimate(
         training_flops=training,
         state_bytes=parameters * (4 + 4 + moments + average + copies),
         activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(recipe, tokens))),
-        # Both directions: logits, their softmax and its gradient, fp32, local rows by everybody's columns.
-        logit_bytes=2 * 3 * 4 * share * batch,
+        loss_bytes=logit_bytes(recipe.loss.impl, share, batch, "cuda") + 4 * recipe.model.embed_dim * 4 * batch,
         samples_per_second=devices * peak_flops * mfu / training,
         samples=samples or (recipe.training.steps * batch if recipe.training.steps else None),
     )
@@ -169,7 +170,7 @@ def main(recipe: Recipe, args: argparse.Namespace, console: Console) -> int:
         "memory a device": f"{cost.memory_bytes / GiB:,.1f} GiB",
         "  weights, gradients, optimizer": f"{cost.state_bytes / GiB:,.2f} GiB",
         "  activations": f"{cost.activation_bytes / GiB:,.2f} GiB",
-        "  logits": f"{cost.logit_bytes / GiB:,.2f} GiB",
+        "  loss": f"{cost.loss_bytes / GiB:,.2f} GiB",
         "samples/s": f"{cost.samples_per_second:,.0f}",
     }
     if cost.samples is None or cost.days is None:

@@ -16,6 +16,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_curves_arguments(curves)
     curves.set_defaults(run=run_curves)
 
+    loss = commands.add_parser("loss", help="the tiled loss beside the dense one and open_clip's")
+    add_loss_arguments(loss)
+    loss.set_defaults(run=run_loss)
+
     tokenizer = commands.add_parser(
         "tokenizer", help="encoding and training beside open_clip, transformers, tokenizers"
     )
@@ -79,6 +83,30 @@ def run_curves(args: argparse.Namespace) -> int:
 
 def run_step(args: argparse.Namespace) -> int:
     from clip_train.bench.step import main
+
+    return main(args)
+
+
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", choices=["infonce", "sigmoid"], default="infonce")
+    parser.add_argument("--batch", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument(
+        "--against", choices=["dense", "open_clip"], default="dense", help="whose time the ratio is to (default dense)"
+    )
+    parser.add_argument("--alone", action="store_true", help="time the tiled loss and that peer, no third")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio is smaller")
+    parser.add_argument(
+        "--memory-bar", type=float, metavar="Y", help="exit with 1 where the peer needs less than Y times our memory"
+    )
+    parser.add_argument("--most-ms", type=float, metavar="T", help="exit with 1 where ours takes longer")
+    parser.add_argument("--most-mib", type=float, metavar="M", help="exit with 1 where ours needs more memory")
+
+
+def run_loss(args: argparse.Namespace) -> int:
+    from clip_train.bench.loss import main
 
     return main(args)
 

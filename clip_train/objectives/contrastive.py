@@ -38,11 +38,12 @@ class InfoNCE:
         Raises:
             ValueError: groups are needed and missing.
         """
+        shape = len(features.image), len(features.all_text)
         positives = Positives.of(features, self.equal_captions_positive)
         # Logits reach +-100, where bf16 resolves no better than 0.5: products and softmax are fp32 whatever
         # autocast says.
         with torch.autocast(features.image.device.type, enabled=False):
-            compute = tiled_infonce if is_tiled(self.impl, features) else _dense
+            compute = tiled_infonce if is_tiled(self.impl, *shape, features.image.device.type) else _dense
             figures = compute(features, logit_scale.to(features.image.dtype), positives)
         return Loss(
             figures.total,

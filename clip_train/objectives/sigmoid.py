@@ -38,10 +38,11 @@ class Sigmoid:
         Raises:
             ValueError: groups are needed and missing.
         """
+        shape = len(features.image), len(features.all_text)
         positives = Positives.of(features, self.equal_captions_positive)
         with torch.autocast(features.image.device.type, enabled=False):
             scale, bias = (scalar.to(features.image.dtype) for scalar in (logit_scale, logit_bias))
-            compute = tiled_sigmoid if is_tiled(self.impl, features) else _dense
+            compute = tiled_sigmoid if is_tiled(self.impl, *shape, features.image.device.type) else _dense
             total, rows, right = compute(features, scale, bias, positives)
         return Loss(total, terms={}, stats={"accuracy_image_to_text": right.float().mean()}, rows=rows)
 

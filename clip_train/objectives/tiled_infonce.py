@@ -11,8 +11,8 @@ and over rows, and n the number of positives of a pair,
 
     B dL/dS[i, j] = (P[i, j] + Q[i, j]) / 2 - [i and j are positives] / n[i]
 
-which backward computes tile by tile from a second product: 8 B^2 D operations in all where the dense form spends
-12 b B D on every process.
+which backward computes tile by tile from a second product: 8 b B D operations on each process where the dense form,
+with a product for each direction, spends 12.
 
 Shapes: `b` rows of this process, `B` rows of all processes, `D` size of the joint space, `r` rows of a tile.
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clip_train.objectives.base import Features
+from clip_train.objectives.products import times_transposed
 from clip_train.objectives.tiles import Positives, row_runs
 
 
@@ -109,7 +110,7 @@ class _Tiled(torch.autograd.Function):
         image_right = torch.empty(b, dtype=torch.bool, device=image.device)
         other = image.new_empty(0)
         for rows in row_runs(b, len(all_text), image.device):
-            tile = (scale * image[rows]) @ all_text.T
+            tile = times_transposed(scale * image[rows], all_text)
             row, column = positives.within(rows, image.device)
             logit = tile[row, column]
             row_positive[rows].index_add_(0, row, logit)
@@ -150,15 +151,15 @@ class _Tiled(torch.autograd.Function):
         image_grad, text_grad = torch.empty_like(image), torch.zeros_like(all_text)
         other = image.new_empty(0)
         for rows in row_runs(len(image), len(all_text), image.device):
-            tile = (scale * image[rows]) @ all_text.T
+            tile = times_transposed(scale * image[rows], all_text)
             row, column = ctx.positives.within(rows, image.device)
             # The maximum and the sum stay apart: the log-sum-exp itself, 30, say, would be off by its own last bit,
             # 2e-6, which is much where a positive's probability is all but 1.
             other = torch.sub(tile, row_top[rows, None], out=_like(tile, other)).exp_()
             tile.sub_(column_top).exp_().mul_(column_share).addcmul_(other, row_share[rows, None])
             tile[row, column] -= 2 / counts[column]  # before any product rounds
-            torch.mm(tile, all_text, out=image_grad[rows])
-            text_grad.addmm_(tile.T, image[rows])
+            image_grad[rows] = times_transposed(tile, all_text.T)
+            text_grad.addmm_(tile.T, image[rows])  # in place: a product of its own would take a (B, D) more
         factor = gradients[0] / (2 * len(image))
         # S = scale * cosines, so the sum of dL/dS times cosines is that of dL/d(scale * image) times image.
         scale_grad = (image_grad * image).sum() * factor

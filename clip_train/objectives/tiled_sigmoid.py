@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clip_train.objectives.base import Features
+from clip_train.objectives.products import times_transposed
 from clip_train.objectives.tiles import Positives, row_runs
 
 
@@ -36,7 +37,7 @@ class _Tiled(torch.autograd.Function):
         losses, right = torch.empty_like(image[:, 0]), torch.empty(b, dtype=torch.bool, device=image.device)
         image_grad, text_grad, bias_grad = (torch.zeros_like(leaf) for leaf in (image, all_text, bias))
         for rows in row_runs(b, len(all_text), image.device):
-            tile = torch.addmm(bias, scale * image[rows], all_text.T)
+            tile = times_transposed(scale * image[rows], all_text).add_(bias)
             row, column = positives.within(rows, image.device)
             logit = tile[row, column]
             tile[row, column] = -torch.inf
@@ -48,8 +49,8 @@ class _Tiled(torch.autograd.Function):
             if grad:
                 tile.sigmoid_()
                 tile[row, column] *= -1
-                torch.mm(tile, all_text, out=image_grad[rows])
-                text_grad.addmm_(tile.T, image[rows])
+                image_grad[rows] = times_transposed(tile, all_text.T)
+                text_grad.addmm_(tile.T, image[rows])  # in place: a product of its own would take a (B, D) more
                 bias_grad += tile.sum()
         if grad:
             scale_grad = (image_grad * image).sum() / b

@@ -27,18 +27,29 @@ CPU_TILE, GPU_TILE, LEAST_ROWS = 2**20, 2**26, 128
 CPU_DENSE, GPU_DENSE = 2**18, 2**24
 
 
-def is_tiled(impl: Impl, features: Features) -> bool:
-    """Whether these features' logits, `b x B`, are computed in tiles: as `impl` says, or by their size."""
+def is_tiled(impl: Impl, rows: int, columns: int, device: str) -> bool:
+    """Whether logits of `b x B` are computed in tiles on `cpu` or `cuda`: as `impl` says, or by their number."""
     if impl != "auto":
         return impl == "tiled"
-    limit = GPU_DENSE if features.image.is_cuda else CPU_DENSE
-    return len(features.image) * len(features.all_text) > limit
+    return rows * columns > (GPU_DENSE if device == "cuda" else CPU_DENSE)
+
+
+def tile_rows(columns: int, device: str) -> int:
+    """Rows of a tile."""
+    return max(LEAST_ROWS, (GPU_TILE if device == "cuda" else CPU_TILE) // columns)
+
+
+def logit_bytes(impl: Impl, rows: int, columns: int, device: str) -> int:
+    """Memory of the fp32 logits and what is made of them, at most: about four matrices of `b x B` where they are dense
+    (both directions' logits and log-softmaxes; the sigmoid loss makes as many of its one), two tiles otherwise."""
+    if is_tiled(impl, rows, columns, device):
+        return 2 * 4 * min(rows, tile_rows(columns, device)) * columns
+    return 4 * 4 * rows * columns
 
 
 def row_runs(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    """Runs of rows whose tiles have about CPU_TILE or GPU_TILE elements."""
-    size = GPU_TILE if device.type == "cuda" else CPU_TILE
-    step = max(LEAST_ROWS, size // columns)
+    """Runs of rows, each a tile."""
+    step = tile_rows(columns, device.type)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

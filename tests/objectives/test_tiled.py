@@ -219,12 +219,14 @@ def test_no_tensor_is_larger_than_a_tile_or_the_features(kind: Kind, equal: bool
 
 
 def test_auto_tiles_where_the_logits_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = Features.local(*pairs(20))
-    monkeypatch.setattr(tiles, "CPU_DENSE", 400)
-    assert not tiles.is_tiled("auto", features)
-    monkeypatch.setattr(tiles, "CPU_DENSE", 399)
-    assert tiles.is_tiled("auto", features)
-    assert not tiles.is_tiled("dense", features)
+    rows, bound = 20, 7 * 20
+    elements: list[int] = []
+    for limit in (400, 399):
+        monkeypatch.setattr(tiles, "CPU_DENSE", limit)
+        with Largest() as largest:
+            loss_of("infonce", "auto", Features.local(*pairs(rows, 4)), torch.tensor(10.0), torch.tensor(BIAS))
+        elements.append(largest.elements)
+    assert elements == [400, bound]
 
 
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
