@@ -424,6 +424,19 @@ class Training(Section):
         return self
 
 
+class Faults(Section):
+    """What is done about steps that go wrong and processes that stop."""
+
+    max_skipped_steps: NonNegativeInt = 10
+    """Updates that may be left out, within `window_steps`, because the gradient was not finite. One more stops the
+    run and saves what is needed to look at it."""
+    window_steps: PositiveInt = 1000
+    spike_sigmas: PositiveFloat | None = 8.0
+    """Warn of a logged loss that lies so many sigmas above the median of the last 64."""
+    stall_minutes: PositiveFloat = 15.0
+    """Without progress for so long, processes end themselves and name the one they waited for."""
+
+
 class CheckpointPolicy(Section):
     """When the state is saved. The last step always is."""
 
@@ -532,6 +545,7 @@ class Recipe(Section):
     optimizer: Annotated[AdamW | Lamb | Lion | Muon, Field(discriminator="kind")]
     schedule: Annotated[Cosine | Constant | ConstantCooldown, Field(discriminator="kind")] = Cosine()
     training: Training
+    faults: Faults = Faults()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()

@@ -31,6 +31,7 @@ FREE = (
     "logging.",
     "evaluation.",
     "checkpoint.",
+    "faults.",
     "data.workers",
     "data.cache_decoded",
     "data.cache_dir",

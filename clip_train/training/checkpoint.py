@@ -56,6 +56,7 @@ class State:
     """A step and the number of the sample with which it began: other than 0 after an accepted change."""
     changes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """Accepted changes: `{"step": …, "samples": …, "changed": {key: [old, new]}}`."""
+    faults: dict[str, Any] = field(default_factory=dict[str, Any])
     shards: int = 0
     """Files that each kind of tensors is cut into; 0 for one whole file."""
     scaler: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -33,6 +33,7 @@ from clip_train.runtime.parallel import separate_shards
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
 from clip_train.training.average import PREFIX, WeightAverage
+from clip_train.training.faults import FaultLog
 from clip_train.training.initial import load_initial
 from clip_train.training.optimizer import load_named_state
 from clip_train.training.resume import restore
@@ -55,6 +56,7 @@ class Run:
     average: WeightAverage | None
     stream: Stream
     bad_samples: BadSampleLog
+    faults: FaultLog
     step: int = 0
     captions_cut: int = 0
     """Captions longer than the tokenizer's cap, in this process; what came before a resume is in the first one."""
@@ -99,6 +101,7 @@ def set_up(
     average = build_average(recipe, model)
     dry_run(recipe, model, wrapped, process, tokenizer)
     stream = agreed_stream(recipe, tokenizer, process)
+    limits = recipe.faults.model_dump(exclude={"stall_minutes"})
     run = Run(
         recipe=recipe,
         run_dir=run_dir,
@@ -111,6 +114,7 @@ def set_up(
         average=average,
         stream=stream,
         bad_samples=BadSampleLog(run_dir / "bad_samples.jsonl", recipe.data.max_bad_fraction, write=process.is_main),
+        faults=FaultLog(None, **limits),
     )
     state = restore(
         recipe,
@@ -133,6 +137,8 @@ def set_up(
             raise ConfigError(
                 f"the recipe ends with step {run.steps}, but the checkpoint is at {run.step}: train longer"
             )
+    faults_path, kept = run_dir / "faults.jsonl" if process.is_main else None, state.faults if state else {}
+    run.faults = FaultLog(faults_path, **limits, step=run.step, kept=kept)
     if process.is_main:
         (run_dir / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     return run

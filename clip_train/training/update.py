@@ -18,12 +18,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from clip_train.errors import TrainingError
 from clip_train.objectives.base import Features, Loss, at_least_fp32
 from clip_train.runtime.collectives import first_row, gather_rows, max_of, sum_of
 from clip_train.runtime.parallel import average_whole_gradients, clip_gradients, without_gradient_sync
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
+from clip_train.training.faults import running_statistics
 
 
 class Objective(Protocol):
@@ -73,6 +73,8 @@ class StepResult:
     """Scale that the loss used."""
     rows: Tensor | None
     """(b,) loss of each pair, where the objective tells."""
+    applied: bool = True
+    """Whether there was an update: not where the gradient is not finite, on all processes alike."""
 
 
 def train_step(
@@ -88,24 +90,28 @@ def train_step(
     micro_batch: int | None,
     gradient_clip: float | None,
 ) -> StepResult:
-    """Update the model once. Raises TrainingError where the gradient is not finite (the model is then unchanged)."""
+    """Update the model once, unless the gradient is not finite: then model and optimizer stay as they were."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=True)
+    moving = running_statistics(model)
+    before = [buffer.clone() for buffer in moving]
     loss, logit_scale = backward(model, objective, inputs, process, step=step, seed=seed, micro_batch=micro_batch)
 
     scaler = process.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
     norm = clip_gradients(model, gradient_clip)
-    if scaler is None:
-        if not math.isfinite(norm):
-            raise TrainingError(f"step {step}: the gradient is not finite (loss {loss.total.item()})")
-        optimizer.step()
-    else:  # the scaler skips non-finite updates and lowers its scale
+    applied = math.isfinite(norm)
+    if scaler is not None:  # leaves non-finite updates out by itself and lowers its scale
         scaler.step(optimizer)
         scaler.update()
-    return StepResult(loss.total.detach(), loss.stats, norm, logit_scale, loss.rows)
+    elif applied:
+        optimizer.step()
+    if not applied:
+        for buffer, value in zip(moving, before, strict=True):
+            buffer.copy_(value)
+    return StepResult(loss.total.detach(), loss.stats, norm, logit_scale, loss.rows, applied)
 
 
 def backward(
@@ -125,7 +131,7 @@ def backward(
         with process.autocast():
             image, text, *scalars = model(inputs.images, inputs.ids, inputs.lengths)
         loss = objective.loss(_features(image, text, inputs.groups), *scalars)
-        scaled(loss.total, process).backward()
+        scaled(telling(loss.total), process).backward()
         average_whole_gradients(model)
         return loss, float(scalars[0].detach())
 
@@ -142,7 +148,7 @@ def backward(
 
     leaves = [leaf.detach().requires_grad_() for leaf in (torch.cat(images), torch.cat(texts), *scalars)]
     loss = objective.loss(_features(leaves[0], leaves[1], inputs.groups), *leaves[2:])
-    image_grad, text_grad, *scalar_grads = torch.autograd.grad(loss.total, leaves)
+    image_grad, text_grad, *scalar_grads = torch.autograd.grad(telling(loss.total), leaves)
 
     start = 0
     for index, part in enumerate(parts):
@@ -172,6 +178,11 @@ def _features(image: Tensor, text: Tensor, groups: Tensor) -> Features:
         sum_over_processes=sum_of,
         max_over_processes=max_of,
     )
+
+
+def telling(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, neither is any of its gradient, so that every process learns of it there."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def scaled(loss: Tensor, process: Process) -> Tensor:
