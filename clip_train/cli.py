@@ -15,14 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clip_train.errors import UserError
+from clip_train.errors import LostError, UserError
 
 EXPORTS = ("open_clip", "transformers", "sentence_transformers", "timm", "onnx")
 console = Console(stderr=False, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 2 for a mistake of the user's, 128 + a signal."""
+    """Run a command; returns its exit code: 0, 2 for a mistake of the user's, 75 to try again, 128 + a signal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # keys and file names may be anything but UTF-8
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" (rank {rank})" if rank not in (None, "0") else ""
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error{where}:[/]", end=" ")
         print(error, file=sys.stderr, flush=True)
-        return 2
+        return 75 if isinstance(error, LostError) else 2
     except BrokenPipeError:  # `clip-train … | head`
         sys.stderr.close()
         return 141

@@ -23,5 +23,9 @@ class TrainingError(UserError):
     """Training cannot go on: a non-finite loss, or no space left for a checkpoint."""
 
 
+class LostError(TrainingError):
+    """Another process is gone. Nothing is wrong with what the user gave: run again."""
+
+
 class ExportError(UserError):
     """A checkpoint cannot be brought to another library, or came out different there."""

@@ -45,6 +45,7 @@ def run_recipe(
         deterministic=recipe.training.deterministic,
         trackers=trackers,
         logging_dir=run_dir,
+        timeout_minutes=recipe.faults.stall_minutes + 5,  # the watchdog knows more, so it speaks first
     ) as process:
         if process.is_main:
             console.print(

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from clip_train.data.waiting import SlowNotice
 from clip_train.errors import DataError, UserError
+from clip_train.heartbeat import alive
 
 Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
@@ -90,6 +91,7 @@ class Loader(Generic[Item]):
                     item = self._next(iterator)
                 if isinstance(item, UserError):
                     raise item
+                alive()
                 yield item
         finally:
             notice.close()

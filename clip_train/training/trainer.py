@@ -18,6 +18,7 @@ import accelerate
 import torch
 from rich.console import Console
 
+from clip_train import heartbeat
 from clip_train.build import (
     build_loader,
     build_objective,
@@ -33,6 +34,7 @@ from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import is_sharded
 from clip_train.runtime.process import Process
+from clip_train.runtime.watchdog import watchdog
 from clip_train.training.changes import changes_between
 from clip_train.training.checkpoint import Companions, State
 from clip_train.training.faults import gradient_norms, running_statistics, write_failed_step
@@ -74,9 +76,11 @@ def train(
     `allow_changed` are keys that may differ from the checkpoint's. Raises UserError for everything that a person can
     mend.
     """
-    run = set_up(recipe, run_dir, process, resume=resume, allow_changed=allow_changed, console=console)
-    with stop_signals() as stop, open_saver(run) as saver:
-        return loop(run, stop, evaluate, saver)
+    heartbeat.at("set up", 0)
+    with watchdog(process, recipe.faults.stall_minutes):
+        run = set_up(recipe, run_dir, process, resume=resume, allow_changed=allow_changed, console=console)
+        with stop_signals() as stop, open_saver(run) as saver:
+            return loop(run, stop, evaluate, saver)
 
 
 def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
@@ -101,10 +105,12 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     with progress:
         batches = iter(build_loader(recipe, run.stream, run.step, steps, pin_memory=process.device.type == "cuda"))
         while run.step < steps:
+            heartbeat.at("data", run.step + 1)
             waiting = time.perf_counter()
             batch = next_batch(batches, run)
             interval.waited += time.perf_counter() - waiting
             lr = learning_rate(recipe, run.step, steps)
+            heartbeat.at("update", run.step + 1)
             result = train_step(
                 run.wrapped,
                 objective,
@@ -133,6 +139,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
             progress.advance()
 
             last = run.step == steps
+            heartbeat.at("log", run.step)
             if run.step % every == 0 or last or run.step == 1:
                 names = ["loss", *result.stats]
                 values = [result.loss, *result.stats.values()]
@@ -171,11 +178,13 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
 
             flags = [stop.signal is not None, is_save_due(run), saver.failed]
             stopped, due, unsaved = collectives.any_process(flags, process.device)
+            heartbeat.at("save", run.step)
             if last or stopped or due:
                 save(run, saver)
             if last or stopped or unsaved:
                 saver.finish()
             if not stopped and should_evaluate(run, last=last):
+                heartbeat.at("evaluate", run.step)
                 figures = measure(run, evaluate, saver)
                 run.model.train()
                 if process.is_main:
@@ -213,6 +222,7 @@ def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
         batch = next(batches)
     except DataError as error:
         failure = error
+    heartbeat.at("agree", run.step + 1)
     skipped = batch.skipped if batch is not None else []
     bad, failed = collectives.any_process([bool(skipped), failure is not None], run.process.device)
     if failed:

@@ -129,3 +129,17 @@ def test_lines_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
 def test_running_statistics_are_batch_norms() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3))
     assert len(running_statistics(model)) == 3
+
+
+def test_data_that_never_comes_ends_the_run_and_says_where_it_hangs(
+    tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
+) -> None:
+    recipe_tree["faults"] = {"stall_minutes": 0.05}
+    recipe_tree["data"]["workers"] = 1
+    script = Path(__file__).parent / "hanging.py"
+    command = [sys.executable, str(script), "train", str(write_recipe(recipe_tree)), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 75, done.stderr
+    assert "rank 0 on" in done.stderr
+    assert "in 'data' of step 3" in done.stderr
+    assert "next_batch" in done.stderr, "the stack of the main thread"
