@@ -172,6 +172,7 @@ def _as_it_is(item: Item) -> Item:
 
 def _set_up_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a worker whose trainer is gone ends by itself
     torch.set_num_threads(1)
 

@@ -24,7 +24,7 @@ EXACT = ("step", "loss", "grad_norm", "logit_scale", "batch", "skipped")
 
 
 def log(path: Path | None = None, **changes: Any) -> FaultLog:
-    return FaultLog(path, **{"max_skipped_steps": 2, "window_steps": 10, "spike_sigmas": 8.0, **changes})
+    return FaultLog(path, max_skipped_steps=2, window_steps=10, spike_sigmas=8.0, **changes)
 
 
 def test_one_rank_that_is_not_finite_skips_the_step_on_both_and_resumes_exactly(
