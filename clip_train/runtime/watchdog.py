@@ -64,7 +64,7 @@ class Watchdog:
 
     def __init__(self, process: Process, limit: float) -> None:
         self.rank, self.world, self.limit = process.rank, process.world, limit
-        self.interval = min(max(limit / 20, 0.1), 5.0)
+        self.interval = min(max(limit / 20, 0.1), 1.0)
         self.idle, self._count = 0.0, 0
         self._store = connect() if process.world > 1 else None
         self._ended = threading.Event()
