@@ -11,6 +11,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -173,6 +174,7 @@ def watchdog(process: Process, stall_minutes: float) -> Generator[Watchdog]:
     except RuntimeError as error:
         if not is_broken_collective(error):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who saw it too: first say who it was
         raise LostError(
             f"step {heartbeat.NOW.step}: {dog.blame()}. Its own message, if there is one, stands above; one killed "
             f"without any was most often out of memory (dmesg). ({str(error).splitlines()[0][:200]})"

@@ -65,7 +65,9 @@ def test_kill_9_of_one_of_two_ranks(
             wait_until(has_step(run_dir, step), f"step {step}", log)
             os.kill(worker(agent.pid, rank), signal.SIGKILL)
         assert agent.wait(240) == 0, log.read_text()
-    assert log.read_text().count("resuming from") == 2
+    said = log.read_text()
+    assert said.count("resuming from") == 2
+    assert said.index("rank 1 on") < said.index("rank 0 on"), "each was named by the other"
     assert_same_run(metrics_of(run_dir), whole)
 
 
