@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clip_train.errors import ConfigError
 from clip_train.models.two_tower import TwoTower
+from clip_train.runtime.compilation import compile_blocks
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import recompute_blocks
 from clip_train.runtime.shards import is_shard
@@ -66,8 +67,7 @@ def parallelize(
     if activation_checkpointing:
         recompute_blocks(model)
     if compile:
-        for block in blocks_of(model):
-            block.compile(dynamic=True)  # packed captions have another length in every step
+        compile_blocks(blocks_of(model))
     if process.world == 1:
         return model
     if isinstance(strategy, Replicated):
