@@ -28,7 +28,7 @@ from clip_train.config.load import dump_recipe
 from clip_train.config.schema import Recipe
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
-from clip_train.errors import DataError, TrainingError
+from clip_train.errors import DataError
 from clip_train.models.flops import image_flops, text_flops
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
@@ -37,7 +37,7 @@ from clip_train.runtime.process import Process
 from clip_train.runtime.watchdog import watchdog
 from clip_train.training.changes import changes_between
 from clip_train.training.checkpoint import Companions, State
-from clip_train.training.faults import gradient_norms, running_statistics, write_failed_step
+from clip_train.training.failed_step import is_over_budget, stop_and_keep, watch_loss
 from clip_train.training.metrics import Interval, MetricsFile, Trackers, measured_peak_flops
 from clip_train.training.optimizer import named_state
 from clip_train.training.progress import TrainingProgress
@@ -45,7 +45,7 @@ from clip_train.training.saving import Saver
 from clip_train.training.setup import Run, set_up
 from clip_train.training.signals import StopFlag, stop_signals
 from clip_train.training.tally import SourceTally, flatten
-from clip_train.training.update import Inputs, backward, train_step
+from clip_train.training.update import Inputs, train_step
 from tokenizer import BPETokenizer
 
 Evaluate = Callable[[TwoTower, BPETokenizer, int], Mapping[str, float]]
@@ -124,7 +124,8 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                 gradient_clip=recipe.training.gradient_clip,
             )
             if not result.applied and is_over_budget(run, batch, float(result.loss)):
-                raise stop_and_keep(run, batch, lr, saver)
+                saver.finish()
+                raise stop_and_keep(run, batch, to_device(batch, run), lr, lambda folder: save_aside(run, folder))
             run.model.clamp_logit_scale_()
             run.step += 1
             if run.average is not None:
@@ -235,59 +236,6 @@ def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
     return batch
 
 
-def watch_loss(run: Run, batch: Batch, loss: float) -> None:
-    """Warn of a spike of the logged loss, and keep the batch's keys."""
-    sigmas = run.faults.observe(loss)
-    if sigmas is not None:
-        run.faults.spike(run.step, loss=loss, sigmas=sigmas, keys=all_keys(batch))
-        if run.process.is_main:
-            run.console.print(f"step {run.step}: the loss, {loss:.3f}, is {sigmas:.0f} sigmas above its median")
-
-
-def all_keys(batch: Batch) -> list[str]:
-    """Of the global batch, in the order of its rows."""
-    return [key for part in collectives.gather_objects(batch.keys) for key in part]
-
-
-def is_over_budget(run: Run, batch: Batch, loss: float) -> bool:
-    """Count an update that was left out, and say so; whether it was one too many."""
-    scaler, step = run.process.scaler, run.step + 1
-    overflow = scaler is not None and scaler.get_scale() >= 1  # it has room to go lower: no fault of the data's
-    over = run.faults.skip(step, loss=loss, overflow=overflow, keys=all_keys(batch))
-    if run.process.is_main and not overflow:
-        run.console.print(f"step {step}: the gradient is not finite, so the update is left out (see faults.jsonl)")
-    return over
-
-
-def stop_and_keep(run: Run, batch: Batch, lr: float, saver: Saver) -> TrainingError:
-    """Keep what is needed to look at a step that failed, with the weights before it, and name it."""
-    saver.finish()
-    step, folder, training = run.step + 1, run.run_dir / f"failed_step_{run.step + 1}", run.recipe.training
-    # Again, for clipping has spoilt the gradient.
-    run.optimizer.zero_grad(set_to_none=True)
-    statistics = running_statistics(run.wrapped)
-    before = [buffer.clone() for buffer in statistics]
-    objective, inputs = build_objective(run.recipe), to_device(batch, run)
-    loss, _ = backward(
-        run.wrapped, objective, inputs, run.process, step=run.step, seed=training.seed, micro_batch=training.micro_batch
-    )
-    for buffer, value in zip(statistics, before, strict=True):
-        buffer.copy_(value)
-    norms, rank, total = gradient_norms(run.model), run.process.rank, float(loss.total)
-    write_failed_step(folder, rank, step=step, loss=total, lr=lr, norms=norms, batch=batch)
-    run.saved_step = -1
-    with open_saver(run, folder) as aside:
-        save(run, aside)
-    limit, window = run.faults.max_skipped_steps, run.faults.window_steps
-    return TrainingError(
-        f"step {step}: the gradient is not finite (loss {total}), and faults.max_skipped_steps = {limit} of the last "
-        f"{window} updates were left out already. First samples of this batch: {', '.join(batch.keys[:5])}. Worst "
-        f"gradients: {', '.join(f'{name} {norm:.3g}' for name, norm in list(norms.items())[:3])}. Batch, gradient "
-        f"norms and the weights before this step are in {folder}; try a lower optimizer.lr, training.gradient_clip = "
-        "1.0, a longer schedule.warmup_steps, or precision 'fp32'"
-    )
-
-
 def is_save_due(run: Run) -> bool:
     """By steps, or by this process's clock."""
     policy = run.recipe.checkpoint
@@ -329,6 +277,13 @@ def open_saver(run: Run, folder: Path | None = None) -> Saver:
         asynchronous=policy.asynchronous,
         keep_last=policy.keep_last,
     )
+
+
+def save_aside(run: Run, folder: Path) -> None:
+    """A checkpoint of now that is not one of the run's own."""
+    run.saved_step = -1
+    with open_saver(run, folder) as saver:
+        save(run, saver)
 
 
 def save(run: Run, saver: Saver) -> None:
