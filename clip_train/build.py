@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, assert_never
 
 import torch
@@ -26,7 +26,7 @@ from clip_train.config.schema import (
     VisionTransformer,
 )
 from clip_train.data.batch import Batch
-from clip_train.data.cache import Cache, default_folder
+from clip_train.data.cache import Cache, make_cache
 from clip_train.data.loader import Loader
 from clip_train.data.order import Order
 from clip_train.data.rand_augment import RandAugment
@@ -233,7 +233,7 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
         sampling=data.sampling,
         rank=rank,
         world=world,
-        cache_decoded=data.cache_decoded,
+        cache_decoded=int((data.cache_decoded_gib or 4) * 2**30) // max(1, data.workers) if data.cache_decoded else 0,
         threads=data.threads,
         stages=build_stages(recipe, tokenizer),
     )
@@ -252,14 +252,11 @@ def build_stages(recipe: Recipe, tokenizer: BPETokenizer) -> list[Stage]:
     return stages
 
 
-def build_cache(recipe: Recipe) -> Cache:
-    """Where shards from elsewhere are kept. The recipe is one that the user runs, so its `pipe:` shards may run too."""
-    folder, gib = recipe.data.cache_dir, recipe.data.cache_gib
-    return Cache(
-        folder=default_folder() if folder is None else Path(folder).expanduser().absolute(),
-        max_bytes=None if gib is None else int(gib * 2**30),
-        commands=True,
-    )
+def build_cache(recipe: Recipe, *, commands: bool = True) -> Cache:
+    """Where shards from elsewhere are kept. `commands`: for the training data of a recipe that the user runs, whose
+    `pipe:` shards may run too.
+    """
+    return replace(make_cache(recipe.data.cache_dir, recipe.data.cache_gib), commands=commands)
 
 
 def build_loader(

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clip_train.build import build_preprocess
+from clip_train.build import build_cache, build_preprocess
 from clip_train.config.load import set_values
 from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError, ConfigError
@@ -100,6 +100,7 @@ def evaluate_loaded(loaded: LoadedModel, out: Path, process: Process, console: C
         step=loaded.step,
         batch_size=loaded.recipe.evaluation.batch_size,
         workers=loaded.recipe.data.workers,
+        cache=build_cache(loaded.recipe, commands=False),
         device=process.device,
         precision=process.precision,
         rank=process.rank,

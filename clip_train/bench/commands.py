@@ -34,6 +34,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_checkpoint_arguments(checkpoint)
     checkpoint.set_defaults(run=run_checkpoint)
 
+    memory = commands.add_parser("memory", help="what the input side holds, epoch after epoch")
+    add_memory_arguments(memory)
+    memory.set_defaults(run=run_memory)
+
     loader = commands.add_parser("loader", help="reading, decoding and views beside open_clip's own loader")
     add_loader_arguments(loader)
     loader.set_defaults(run=run_loader)
@@ -162,5 +166,19 @@ def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_loader(args: argparse.Namespace) -> int:
     from clip_train.bench.loader import main
+
+    return main(args)
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default="quickstart", help="whose data is read (default quickstart)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--epochs", type=int, default=10, help="after the first (default 10)")
+    parser.add_argument("--workers", type=int, default=2, metavar="K", help="loader workers (default 2)")
+    parser.add_argument("--bar", type=float, metavar="P", help="exit with 1 where an epoch differs by more than P %%")
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    from clip_train.bench.memory import main
 
     return main(args)

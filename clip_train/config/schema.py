@@ -105,6 +105,9 @@ class Data(Section):
     """Share of undecodable samples above which the run stops."""
     cache_decoded: bool = False
     """Keep decoded pictures in memory: for sets far smaller than memory."""
+    cache_decoded_gib: PositiveFloat | None = None
+    """Most GiB of decoded pictures that a training process and its workers keep together, by default 4; what comes
+    later is decoded each time."""
     scaled_decode: bool = False
     """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still has as many pixels as the view: faster for
     pictures at least twice the view's size, at a small loss. Training only."""
@@ -124,6 +127,8 @@ class Data(Section):
                     f"data.sources.{name}.caption_choice = 'all' goes through captions epoch by epoch, which "
                     "data.sampling = 'replacement' does not have: take 'random'"
                 )
+        if self.cache_decoded_gib is not None and not self.cache_decoded:
+            raise ValueError("cache_decoded_gib says how much cache_decoded = true may keep: set that, too")
         if self.scaled_decode and self.cache_decoded:
             raise ValueError("cache_decoded keeps whole pictures, scaled_decode decodes them for one crop: choose one")
         return self

@@ -37,6 +37,14 @@ def default_folder() -> Path:
     return (Path(home) if home.startswith("/") else Path.home() / ".cache") / "clip-train" / "shards"
 
 
+def make_cache(folder: str | None, gib: float | None) -> Cache:
+    """`data.cache_dir` and `data.cache_gib` of a recipe as a cache."""
+    return Cache(
+        folder=default_folder() if folder is None else Path(folder).expanduser().absolute(),
+        max_bytes=None if gib is None else int(gib * 2**30),
+    )
+
+
 @dataclass(frozen=True)
 class Cache:
     """Where shards from elsewhere are kept, and how they are fetched."""

@@ -22,7 +22,8 @@ from clip_train.data import columns
 from clip_train.data.batch import BadSample, Batch, Tokenizer
 from clip_train.data.cache import Cache
 from clip_train.data.columns import BadSampleError, Column
-from clip_train.data.decode import DecodeError, Pixels, decode
+from clip_train.data.decode import DecodeError, decode
+from clip_train.data.decoded import DecodedPictures
 from clip_train.data.files import ShardFiles
 from clip_train.data.hashing import AUGMENT, CAPTION, SUBSTITUTE, TURN, mix, text_hash, uniform
 from clip_train.data.order import Order, Position
@@ -100,9 +101,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         batch_size: samples in a global batch.
         lanes, window, sampling: see `clip_train.data.order`.
         rank, world: this process takes rows `[rank * b, (rank + 1) * b)`, `b = batch_size / world`.
-        cache_decoded: keep decoded pictures in memory, in each process that reads: with `workers = w` this
-            takes
-            w times the pictures' pixels.
+        cache_decoded: most bytes of decoded pictures to keep in memory, in each process that reads.
         threads: samples read and decoded at the same time, in each process that reads.
         stages: smaller sizes of the first steps.
 
@@ -124,7 +123,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         sampling: Literal["epoch", "replacement"] = "epoch",
         rank: int = 0,
         world: int = 1,
-        cache_decoded: bool = False,
+        cache_decoded: int = 0,
         threads: int = 1,
         stages: Sequence[Stage] = (),
     ) -> None:
@@ -145,7 +144,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         self._remote = any(one.cache is not None for source in sources for one in source.indexes)
         self._prefetcher = Prefetcher()
         self._threads = Threads(threads)
-        self._decoded: dict[tuple[int, int, int], Pixels] | None = {} if cache_decoded else None
+        self._decoded = DecodedPictures(cache_decoded) if cache_decoded else None
         self._stages = [(stage, self._at(stage)) for stage in stages]
 
     @property
@@ -276,13 +275,14 @@ class Stream(torch.utils.data.Dataset[Batch]):
 
     def _view(self, position: Position, draws: NDArray[np.float64]) -> Tensor:
         augment, place = self._augment(position), position[:3]
-        if self._decoded is not None and place in self._decoded:
-            return augment.crop(self._decoded[place], draws)
+        if self._decoded is not None and (kept := self._decoded.get(place)) is not None:
+            return augment.crop(kept, draws)
         _, data = columns.read(self._files, self._index(position), position.sample, self.sources[position.source].image)
         if self._decoded is None:
             return augment.view(data, draws)
-        self._decoded[place] = decode(data)
-        return augment.crop(self._decoded[place], draws)
+        pixels = decode(data)
+        self._decoded.add(place, pixels)
+        return augment.crop(pixels, draws)
 
     def _captions(self, position: Position) -> list[str]:
         column = self.sources[position.source].caption

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_train.data import columns
+from clip_train.data.cache import Cache
 from clip_train.data.decode import DecodeError, decode
 from clip_train.data.files import ShardFiles
 from clip_train.data.shards import ShardIndex, index, resolve
@@ -23,8 +24,10 @@ Rows = Mapping[str, npt.NDArray[Any]]
 class Album:
     """Pictures by shard and key. One that cannot be had is None, and its shard is noted once."""
 
-    def __init__(self, folder: Path, notes: list[str]) -> None:
+    def __init__(self, folder: Path, notes: list[str], cache: Cache | None = None) -> None:
         self._folder = folder
+        self.cache = cache
+        """Where shards from elsewhere are kept."""
         self._notes = notes
         self._files = ShardFiles()
         self._samples: dict[str, tuple[ShardIndex, dict[str, int]] | None] = {}
@@ -42,7 +45,7 @@ class Album:
     def _read(self, shard: str, key: str, image: str, patterns: Sequence[str]) -> Image.Image | None:
         if shard not in self._samples:
             try:
-                listing = index(self._find(shard, patterns))
+                listing = index(self._find(shard, patterns), self.cache)
                 self._samples[shard] = listing, {listing.key(i): i for i in range(len(listing))}
             except DataError as error:
                 self._samples[shard] = None
@@ -201,7 +204,9 @@ def training_examples(
             shards = resolve(source["shards"], relative_to=folder)
             rng = np.random.default_rng(seed)
             share = -(-count // max(1, len(sources)))
-            listings = [index(shards[s]) for s in sorted({int(rng.integers(len(shards))) for _ in range(share)})]
+            listings = [
+                index(shards[s], album.cache) for s in sorted({int(rng.integers(len(shards))) for _ in range(share)})
+            ]
             for n in range(share):
                 listing = listings[n % len(listings)]
                 sample = int(rng.integers(len(listing)))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clip_train.data.cache import Cache
 from clip_train.data.samples import read_samples
 from clip_train.data.shards import ShardIndex, index, resolve
 from clip_train.data.transforms import Preprocess, normalize
@@ -61,11 +62,13 @@ class Reading:
         preprocess: Preprocess,
         *,
         relative_to: Path | None = None,
+        cache: Cache | None = None,
         **how: str | int,
     ) -> Reading:
         """Resolve and index shards; `how` are the other fields. Raises DataError where there are none."""
         patterns = [shards] if isinstance(shards, str) else shards
-        return replace(cls([index(shard) for shard in resolve(patterns, relative_to)], patterns, preprocess), **how)
+        indexes = [index(shard, cache) for shard in resolve(patterns, relative_to)]
+        return replace(cls(indexes, patterns, preprocess), **how)
 
     def instead(self, shards: str | list[str], relative_to: Path | None) -> Reading:
         """Other shards read the same way. Raises DataError where there are none."""

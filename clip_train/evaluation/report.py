@@ -23,7 +23,7 @@ def write_report(run_dir: str | Path) -> Path:
     What is missing is left out and said so at the end of the page. Raises UserError for a folder that is no run.
     """
     run = read_run(Path(run_dir))
-    album = Album(run.folder, run.notes)
+    album = Album(run.folder, run.notes, run.cache)
     images: dict[str, bytes] = {}
     parts = [
         _header(run),

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clip_train.config.schema import Knn, LinearProbe, Retrieval, Task, ZeroShot
+from clip_train.data.cache import Cache
 from clip_train.errors import ConfigError
 from clip_train.evaluation.encode import Gather, Loaded, Rows, alone
 from clip_train.evaluation.probe import evaluate_knn, evaluate_linear_probe
@@ -36,6 +37,7 @@ def evaluate(
     precision: str = "fp32",
     batch_size: int = 256,
     workers: int = 0,
+    cache: Cache | None = None,
     relative_to: Path | None = None,
     rank: int = 0,
     world: int = 1,
@@ -47,9 +49,9 @@ def evaluate(
     """Run every task and return its figures by flat name, `zeroshot/TASK/top1`, `retrieval/TASK/image_to_text/r@1`.
 
     All ranks call it with the same arguments but `rank`; `gather` gives each rank everybody's part. Paths of a task
-    are taken from `relative_to`, then from the working directory. Given a `run_dir`, rank 0 writes there `eval.json`
-    (sorted), `eval/TASK.npz` (the rows the report draws), the figures in CLIP_benchmark's form and, given a `step`, a
-    line of `evals.jsonl`.
+    are taken from `relative_to`, then from the working directory; shards from elsewhere are kept in `cache`. Given a
+    `run_dir`, rank 0 writes there `eval.json` (sorted), `eval/TASK.npz` (the rows the report draws), the figures in
+    CLIP_benchmark's form and, given a `step`, a line of `evals.jsonl`.
 
     Raises ConfigError or DataError (on all ranks) for a task that cannot be measured.
     """
@@ -64,6 +66,7 @@ def evaluate(
             task.shards,
             loaded.preprocess,
             relative_to=relative_to,
+            cache=cache,
             image=task.image,
             batch_size=batch_size,
             workers=workers,

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from clip_train.data.cache import Cache, make_cache
 from clip_train.errors import UserError
 
 Floats = npt.NDArray[np.float64]
@@ -41,6 +42,13 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.recipe.get("name", self.folder.name))
+
+    @property
+    def cache(self) -> Cache:
+        """Where the run kept shards from elsewhere."""
+        data = self.recipe.get("data", {})
+        folder, gib = (data.get(name) if isinstance(data, dict) else None for name in ("cache_dir", "cache_gib"))
+        return make_cache(folder if isinstance(folder, str) else None, gib if _is_number(gib) else None)
 
     def tasks(self, kind: str) -> dict[str, dict[str, float]]:
         """Figures of each task of a kind, by short name: `{"unseen_style": {"top1": 0.53, …}}`."""

@@ -34,6 +34,7 @@ FREE = (
     "faults.",
     "data.workers",
     "data.cache_decoded",
+    "data.cache_decoded_gib",
     "data.cache_dir",
     "data.cache_gib",
     "data.max_bad_fraction",

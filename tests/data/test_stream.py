@@ -8,7 +8,9 @@ import torch
 from conftest import caption, picture
 from tars import BytesTokenizer, write_tar
 
+import clip_train.data.stream
 from clip_train.data.batch import Batch
+from clip_train.data.decode import Pixels, decode
 from clip_train.data.loader import Loader
 from clip_train.data.stream import CaptionChoice, Stream, groups, open_source
 from clip_train.data.transforms import Augment
@@ -76,8 +78,25 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
         same(joined(list(parts)), expected[step])
 
 
+@pytest.mark.parametrize("pictures", [0, 9, 43])
+def test_decoded_pictures_are_kept_up_to_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int) -> None:
+    """What there is room for is decoded once, the rest once an epoch; the pixels are the same."""
+    decoded: list[int] = []
+
+    def counting(data: bytes) -> Pixels:
+        decoded.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(clip_train.data.stream, "decode", counting)
+    room = pictures * 20 * 20 * 3 + 1
+    one, plain = (stream(folder, batch_size=43, cache_decoded=size) for size in (room, 0))
+    for step in range(3):
+        assert torch.equal(one[step].images, plain[step].images)
+    assert len(decoded) == pictures + 3 * (43 - pictures)
+
+
 def test_resuming_elsewhere_gives_the_tail(folder: Path, expected: list[dict[str, object]]) -> None:
-    loaders = [Loader(stream(folder, rank=r, world=2, cache_decoded=True), range(7, 12), workers=1) for r in (0, 1)]
+    loaders = [Loader(stream(folder, rank=r, world=2, cache_decoded=20_000), range(7, 12), workers=1) for r in (0, 1)]
     for step, parts in enumerate(zip(*loaders, strict=True), start=7):
         same(joined(list(parts)), expected[step])
 

@@ -1,0 +1,61 @@
+"""Memory of the input side, epoch after epoch: it must stay where it is.
+
+`clip-train bench memory RECIPE --epochs 10 --workers 2 --bar 5` reads the recipe's batches, and after each epoch adds
+up what this process and its workers hold: anonymous and shared memory as the kernel's PSS has it, which divides a page
+among those who share it (files that are mapped, as libraries are, are left out). The first epoch fills caches; the bar
+is on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import re
+from pathlib import Path
+
+from clip_train.build import build_loader, build_stream, build_tokenizer
+from clip_train.config import load_recipe
+from clip_train.errors import ConfigError
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print a line an epoch; 1 where the bar is missed."""
+    epochs = epoch_memory(args.overrides, args.recipe, args.epochs, args.workers)
+    first = epochs[1]
+    print("epoch\tMiB\tchange")
+    for number, size in enumerate(epochs):
+        print(f"{number}\t{size / 2**20:.1f}\t{100 * (size / first - 1):+.2f} %" + " (filling)" * (number == 0))
+    worst = max(abs(size / first - 1) for size in epochs[1:])
+    print(f"largest change after the first epoch: {100 * worst:.2f} %")
+    return int(args.bar is not None and 100 * worst > args.bar)
+
+
+def epoch_memory(overrides: list[str], recipe: str | Path, epochs: int, workers: int) -> list[int]:
+    """Bytes that this process and its workers hold at the end of each epoch, the filling one first.
+
+    Raises ConfigError where the system does not tell.
+    """
+    loaded = load_recipe(recipe, [*overrides, f"data.workers={workers}"])
+    stream = build_stream(loaded, build_tokenizer(loaded))
+    per_epoch = -(-stream.samples // stream.batch_size)
+    found: list[int] = []
+    before = set(multiprocessing.active_children())
+    # An epoch more than is measured, so that no worker has come to its end yet.
+    for step, _ in enumerate(build_loader(loaded, stream, 0, per_epoch * (epochs + 2)), 1):
+        if step % per_epoch == 0:
+            gc.collect()
+            own = [child.pid for child in set(multiprocessing.active_children()) - before]
+            found.append(sum(_held(pid) for pid in ["self", *own]))
+            if len(found) > epochs:
+                break
+    return found
+
+
+def _held(pid: object) -> int:
+    path = Path(f"/proc/{pid}/smaps_rollup")
+    try:
+        parts = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", path.read_text(), re.MULTILINE)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; memory is measured on Linux only") from error
+    return 1024 * sum(map(int, parts))
