@@ -239,6 +239,8 @@ class _Trainer:
     def __init__(self, recipe: Recipe, tokenizer: BPETokenizer, device: torch.device, model: Any) -> None:
         self.recipe, self.tokenizer, self.device = recipe, tokenizer, device
         self.stream = build_stream(recipe, tokenizer)
+        assert recipe.training.steps is not None, "`prepare` has set them"
+        self.steps = recipe.training.steps
         self._model = model
 
     def accuracy(self) -> float:
@@ -261,7 +263,7 @@ class _Ours(_Trainer):
         batches = [self.stream[step] for step in range(first, last)]
         start = finish(self.device)
         losses = [
-            self._side.update(batch, step, learning_rate(self.recipe, step))
+            self._side.update(batch, step, learning_rate(self.recipe, step, self.steps))
             for step, batch in enumerate(batches, start=first)
         ]
         seconds = finish(self.device) - start
