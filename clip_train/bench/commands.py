@@ -159,9 +159,25 @@ def run_checkpoint(args: argparse.Namespace) -> int:
 
 
 def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
-    from clip_train.bench.loader import add_arguments
-
-    add_arguments(parser)
+    parser.add_argument("shards", nargs="*", metavar="SHARDS", help="local shards with txt members; default: made here")
+    parser.add_argument("--against", choices=["open_clip"], default="open_clip")
+    parser.add_argument("--size", type=int, default=224, help="side of the views (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of both (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each of ours (default %(default)s)")
+    parser.add_argument("--scaled", action="store_true", help="ours has data.scaled_decode = true; states the PSNR")
+    parser.add_argument(
+        "--photo", type=_size, default=(512, 384), metavar="WxH", help="of the pictures made here (default 512x384)"
+    )
+    parser.add_argument(
+        "--ways", type=_way, nargs="+", default=[], metavar="W:T", help="more of ours: W workers of T threads"
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=8, help="timed in a round (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio to open_clip is smaller")
+    parser.add_argument(
+        "--share-bar", type=float, metavar="S", help="exit with 1 where the share of decoding alone is smaller"
+    )
 
 
 def run_loader(args: argparse.Namespace) -> int:
@@ -182,3 +198,13 @@ def run_memory(args: argparse.Namespace) -> int:
     from clip_train.bench.memory import main
 
     return main(args)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+def _way(text: str) -> tuple[int, int]:
+    workers, _, threads = text.partition(":")
+    return int(workers), int(threads)
