@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_train.errors import CheckpointError
+from clip_train.models.positions import resample_grid
 from clip_train.training.checkpoint import load_tensors, read_checkpoint
 from tokenizer import BPETokenizer
 
@@ -62,10 +63,8 @@ def resize_grid(table: Tensor, rows: int) -> Tensor:
     extra = _extra(table.shape[0])
     if extra != _extra(rows):
         raise CheckpointError(f"{table.shape[0]} positions cannot become {rows}: one has a class token, the other none")
-    before, after = math.isqrt(table.shape[0] - extra), math.isqrt(rows - extra)
-    grid = table[extra:].float().unflatten(0, (before, before)).permute(2, 0, 1)[None]
-    resized = F.interpolate(grid, (after, after), mode="bicubic", antialias=True, align_corners=False)[0]
-    return torch.cat([table[:extra].float(), resized.flatten(1).T]).to(table.dtype)
+    resized = resample_grid(table[extra:], math.isqrt(rows - extra))
+    return torch.cat([table[:extra].float(), resized]).to(table.dtype)
 
 
 def resize_text_positions(table: Tensor, rows: int) -> Tensor:

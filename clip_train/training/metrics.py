@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -34,7 +35,9 @@ class MetricsFile:
             raise _unwritable(path, error) from error
 
     def write(self, values: Mapping[str, Any]) -> None:
-        data = (json.dumps(values) + "\n").encode()
+        """Append a line; a number that is not finite becomes null, since JSON has no other word for it."""
+        line = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+        data = (json.dumps(line) + "\n").encode()
         try:
             while data:  # a disk that fills up takes a part
                 data = data[self._file.write(data) :]
@@ -43,6 +46,10 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _unwritable(path: Path, error: OSError) -> TrainingError:

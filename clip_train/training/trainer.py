@@ -6,7 +6,6 @@ run that was cut goes on exactly where its last checkpoint stands.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
 from rich.console import Console
 
 from clip_train import heartbeat
@@ -24,7 +21,6 @@ from clip_train.build import (
     build_objective,
     learning_rate,
 )
-from clip_train.config.load import dump_recipe
 from clip_train.config.schema import Recipe
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
@@ -32,15 +28,13 @@ from clip_train.errors import DataError
 from clip_train.models.flops import image_flops, text_flops
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
-from clip_train.runtime.parallel import is_sharded
 from clip_train.runtime.process import Process
 from clip_train.runtime.watchdog import watchdog
 from clip_train.training.changes import changes_between
-from clip_train.training.checkpoint import Companions, State
 from clip_train.training.failed_step import is_over_budget, stop_and_keep, watch_loss
 from clip_train.training.metrics import Interval, MetricsFile, Trackers, measured_peak_flops
-from clip_train.training.optimizer import named_state
 from clip_train.training.progress import TrainingProgress
+from clip_train.training.run_state import is_save_due, open_saver, save, save_aside
 from clip_train.training.saving import Saver
 from clip_train.training.setup import Run, set_up
 from clip_train.training.signals import StopFlag, stop_signals
@@ -128,8 +122,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                 raise stop_and_keep(run, batch, to_device(batch, run), lr, lambda folder: save_aside(run, folder))
             run.model.clamp_logit_scale_()
             run.step += 1
-            if run.average is not None:
-                saver.wait_for_copy()  # of an update that was skipped, nothing has waited
+            if run.average is not None and result.applied:
                 run.average.update(run.step)
             interval.steps += 1
             interval.samples += len(batch)
@@ -155,7 +148,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                 line: dict[str, Any] = {
                     "step": run.step,
                     **dict(zip(names, means, strict=True)),
-                    "logit_scale": result.logit_scale,
+                    "logit_scale": float(result.logit_scale),
                     "lr": lr,
                     "grad_norm": result.grad_norm,
                     **rates,
@@ -236,13 +229,6 @@ def next_batch(batches: Iterator[Batch], run: Run) -> Batch:
     return batch
 
 
-def is_save_due(run: Run) -> bool:
-    """By steps, or by this process's clock."""
-    policy = run.recipe.checkpoint
-    minutes = (time.monotonic() - run.saved_at) / 60
-    return (policy.every_steps > 0 and run.step % policy.every_steps == 0) or 0 < policy.every_minutes <= minutes
-
-
 def should_evaluate(run: Run, *, last: bool) -> bool:
     policy = run.recipe.evaluation
     return bool(policy.tasks) and (last or (policy.every_steps > 0 and run.step % policy.every_steps == 0))
@@ -263,56 +249,3 @@ def is_evaluated(run: Run) -> bool:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = any(f'"step": {run.step},' in line or f'"step": {run.step}}}' in line for line in lines)
     return bool(collectives.gather_objects(found)[0])
-
-
-def open_saver(run: Run, folder: Path | None = None) -> Saver:
-    """What writes the run's checkpoints; sharded where the model is."""
-    policy = run.recipe.checkpoint
-    return Saver(
-        folder or run.run_dir / "checkpoints",
-        run.process,
-        run.optimizer,
-        Companions(dump_recipe(run.recipe), run.tokenizer.save),
-        sharded=is_sharded(run.model),
-        asynchronous=policy.asynchronous,
-        keep_last=policy.keep_last,
-    )
-
-
-def save_aside(run: Run, folder: Path) -> None:
-    """A checkpoint of now that is not one of the run's own."""
-    run.saved_step = -1
-    with open_saver(run, folder) as saver:
-        save(run, saver)
-
-
-def save(run: Run, saver: Saver) -> None:
-    """Save a checkpoint, unless this step has one."""
-    run.saved_at = time.monotonic()
-    if run.saved_step == run.step:
-        return
-    run.saved_step = run.step
-    scaler = run.process.scaler
-    [captions_cut] = collectives.sum_over_processes([run.captions_cut], run.process.device)
-    state = State(
-        step=run.step,
-        samples=run.samples,
-        data_fingerprint=run.stream.fingerprint,
-        tokenizer_fingerprint=run.tokenizer.fingerprint,
-        bad_samples=run.bad_samples.bad,
-        captions_cut=int(captions_cut),
-        sources=run.stream.contents,
-        origin=run.stream.order.origin,
-        changes=run.changes,
-        faults=run.faults.state(),
-        scaler={} if scaler is None else scaler.state_dict(),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        },
-    )
-    tensors = named_state(run.optimizer, run.model)
-    if run.average is not None:
-        tensors |= run.average.named_state()
-    saver.save(state, run.model.state_dict(), tensors, dict(run.model.named_buffers()))

@@ -69,8 +69,8 @@ class StepResult:
     stats: dict[str, Tensor]
     grad_norm: float
     """Norm of the averaged gradient before clipping."""
-    logit_scale: float
-    """Scale that the loss used."""
+    logit_scale: Tensor
+    """() scale that the loss used, detached; reading it waits for the device."""
     rows: Tensor | None
     """(b,) loss of each pair, where the objective tells."""
     applied: bool = True
@@ -123,7 +123,7 @@ def backward(
     step: int,
     seed: int,
     micro_batch: int | None,
-) -> tuple[Loss, float]:
+) -> tuple[Loss, Tensor]:
     """Accumulate the gradient of the global batch's loss; returns the loss and the logit scale it used."""
     parts = inputs.split(micro_batch or len(inputs))
     if len(parts) == 1:
@@ -133,7 +133,7 @@ def backward(
         loss = objective.loss(_features(image, text, inputs.groups), *scalars)
         scaled(telling(loss.total), process).backward()
         average_whole_gradients(model)
-        return loss, float(scalars[0].detach())
+        return loss, scalars[0].detach()
 
     images: list[Tensor] = []
     texts: list[Tensor] = []
@@ -164,7 +164,7 @@ def backward(
                 surrogate = surrogate + sum(s * g for s, g in zip(scalars, scalar_grads, strict=True))
             scaled(surrogate, process).backward()
     average_whole_gradients(model)
-    return loss, float(scalars[0].detach())
+    return loss, scalars[0].detach()
 
 
 def _features(image: Tensor, text: Tensor, groups: Tensor) -> Features:

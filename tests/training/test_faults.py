@@ -38,7 +38,7 @@ def test_one_rank_that_is_not_finite_skips_the_step_on_both_and_resumes_exactly(
     assert done.returncode == 0, done.stderr
     lines = metrics_of(run_dir)
     assert [line["skipped"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4
-    assert math.isnan(lines[4]["loss"])
+    assert lines[4]["loss"] is None
     for kind in ("model", "optimizer"):
         states = [load_file(run_dir / f"checkpoints/step_{step}/{kind}.safetensors") for step in (4, 5, 6)]
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]), "the skipped step"
@@ -53,7 +53,7 @@ def test_one_rank_that_is_not_finite_skips_the_step_on_both_and_resumes_exactly(
     assert done.returncode == 0, done.stderr
     for a, b in zip(metrics_of(again), lines[7:], strict=True):
         for key in EXACT:
-            assert a[key] == b[key] or (math.isnan(a[key]) and math.isnan(b[key])), key
+            assert a[key] == b[key], key
 
 
 def test_over_the_budget_everything_is_kept(
