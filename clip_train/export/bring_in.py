@@ -69,6 +69,8 @@ def recipe_around(foreign: Foreign, base: Recipe, *, name: str, vocabulary: Path
         "text": foreign.sections["text"],
         "tokenizer": {"path": str(vocabulary.absolute())},
     }
+    if ("logit_bias" in foreign.state) != (base.loss.kind == "sigmoid"):  # the parameter says which loss it was
+        tree["loss"] = {"kind": "sigmoid" if "logit_bias" in foreign.state else "infonce"}
     tree["model"] |= foreign.sections["model"]
     tree["preprocess"] |= foreign.sections["preprocess"]
     return parse_recipe(tree, where=str(source))

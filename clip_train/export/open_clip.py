@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_train.config.schema import Recipe, ResNet, Timm, VisionTransformer
+from clip_train.config.schema import Recipe, ResNet, Sigmoid, Timm, VisionTransformer
 from clip_train.errors import ExportError
 from clip_train.export.open_clip_keys import to_open_clip
 from clip_train.export.parity import Peer
@@ -76,6 +76,7 @@ def model_config(recipe: Recipe, tokenizer: BPETokenizer) -> dict[str, Any]:
             "tokenizer_kwargs": {"clean": "lower"},
         },
         "quick_gelu": text.activation == "quick_gelu",
+        **({"init_logit_bias": recipe.loss.init_logit_bias} if isinstance(recipe.loss, Sigmoid) else {}),
     }
 
 

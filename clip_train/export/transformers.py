@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_train.config.schema import Preprocess, Recipe, ResNet, Timm, VisionTransformer
+from clip_train.config.schema import Preprocess, Recipe, ResNet, Sigmoid, Timm, VisionTransformer
 from clip_train.errors import ExportError
 from clip_train.export.parity import Peer
 from clip_train.export.transformers_keys import to_transformers
@@ -49,6 +49,10 @@ def build_transformers(loaded: LoadedModel) -> Any:
     )
 
     recipe, text = loaded.recipe, text_config(loaded)
+    if isinstance(recipe.loss, Sigmoid):
+        raise ExportError(
+            "transformers' CLIP has no logit bias, which loss.kind = 'sigmoid' learns. Export to open_clip"
+        )
     image, embed_dim = recipe.image, recipe.model.embed_dim
     if isinstance(image, VisionTransformer) and image.pool == "cls":
         vision = {

@@ -54,9 +54,11 @@ IMAGES = {
     "timm-vit": "kind = 'timm'\nname = 'test_vit'\nimage_size = 96",
     "timm-vit-160": "kind = 'timm'\nname = 'test_vit'\nimage_size = 160",
 }  # fmt: skip
+SIGMOID = "[loss]\nkind = 'sigmoid'\n"
 TEXTS = {
     "causal": "",
     "quick": "activation = 'quick_gelu'",
+    "sigmoid": SIGMOID,
     "bidirectional": "attention = 'bidirectional'\npool = 'mean'",
 }
 
@@ -77,6 +79,7 @@ def small(image: str, text: str = "causal") -> LoadedModel:
 EXPRESSIBLE = [
     *(("open_clip", image, "causal") for image in ("vit", "resnet", "timm", "timm-vit-160")),
     ("open_clip", "vit-quick", "quick"),
+    ("open_clip", "vit", "sigmoid"),
     *(("transformers", image, "causal") for image in ("vit", "timm", "timm-vit")),
     ("transformers", "vit-quick", "quick"),
     ("sentence_transformers", "vit", "causal"),
@@ -108,6 +111,7 @@ def test_embeddings_and_ids_are_the_same_there(target: str, image: str, text: st
         ("open_clip", "timm-vit", "causal", "its own 160 px"),
         ("open_clip", "vit", "bidirectional", "bidirectional with pool 'mean'"),
         ("open_clip", "vit-quick", "causal", "one activation"),
+        ("transformers", "vit", "sigmoid", "no logit bias"),
         ("transformers", "resnet", "causal", "open_clip or onnx"),
         ("transformers", "vit", "bidirectional", "bidirectional with pool 'mean'"),
         ("timm", "resnet", "causal", "onnx"),
