@@ -42,6 +42,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_loader_arguments(loader)
     loader.set_defaults(run=run_loader)
 
+    resume = commands.add_parser("resume", help="from a recipe to its first batch at 90 % of an epoch")
+    add_resume_arguments(resume)
+    resume.set_defaults(run=run_resume)
+
+
+def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=int, default=100_000, help="of an epoch (default 100,000)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bar", type=float, metavar="S", help="exit with 1 where a first start takes more seconds")
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    from clip_train.bench.resume import main
+
+    return main(args)
+
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -189,7 +205,8 @@ def run_loader(args: argparse.Namespace) -> int:
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", default="quickstart", help="whose data is read (default quickstart)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--epochs", type=int, default=10, help="after the first (default 10)")
+    parser.add_argument("--epochs", type=int, default=10, help="after those that fill (default 10)")
+    parser.add_argument("--fill", type=int, default=1, metavar="N", help="first epochs that are not judged (default 1)")
     parser.add_argument("--workers", type=int, default=2, metavar="K", help="loader workers (default 2)")
     parser.add_argument("--bar", type=float, metavar="P", help="exit with 1 where an epoch differs by more than P %%")
 

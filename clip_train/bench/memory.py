@@ -2,8 +2,8 @@
 
 `clip-train bench memory RECIPE --epochs 10 --workers 2 --bar 5` reads the recipe's batches, and after each epoch adds
 up what this process and its workers hold: anonymous and shared memory as the kernel's PSS has it, which divides a page
-among those who share it (files that are mapped, as libraries are, are left out). The first epoch fills caches; the bar
-is on the others.
+among those who share it (files that are mapped, as libraries are, are left out). The first epochs (`--fill`) fill
+caches and the allocator's pools; the bar is on the others.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from clip_train.errors import ConfigError
 
 def main(args: argparse.Namespace) -> int:
     """Print a line an epoch; 1 where the bar is missed."""
-    epochs = epoch_memory(args.overrides, args.recipe, args.epochs, args.workers)
-    first = epochs[1]
+    epochs = epoch_memory(args.overrides, args.recipe, args.epochs + args.fill - 1, args.workers)
+    first = epochs[args.fill]
     print("epoch\tMiB\tchange")
     for number, size in enumerate(epochs):
-        print(f"{number}\t{size / 2**20:.1f}\t{100 * (size / first - 1):+.2f} %" + " (filling)" * (number == 0))
-    worst = max(abs(size / first - 1) for size in epochs[1:])
-    print(f"largest change after the first epoch: {100 * worst:.2f} %")
+        print(f"{number}\t{size / 2**20:.1f}\t{100 * (size / first - 1):+.2f} %" + " (filling)" * (number < args.fill))
+    worst = max(abs(size / first - 1) for size in epochs[args.fill :])
+    print(f"largest change after filling: {100 * worst:.2f} %")
     return int(args.bar is not None and 100 * worst > args.bar)
 
 
 def epoch_memory(overrides: list[str], recipe: str | Path, epochs: int, workers: int) -> list[int]:
-    """Bytes that this process and its workers hold at the end of each epoch, the filling one first.
+    """Bytes that this process and its workers hold at the end of each of `epochs + 1` epochs.
 
     Raises ConfigError where the system does not tell.
     """

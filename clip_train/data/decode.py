@@ -15,10 +15,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torchvision.io import decode_webp
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) uint8 RGB."""
@@ -113,6 +111,9 @@ def _decode_jpeg(data: bytes, shrink: int) -> Pixels:
 def _decode_webp(data: bytes) -> Pixels:
     width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))  # RFC 6386, 9.1
     _check_size(width, height)
+    import torch  # seconds to import, and looking into shards of JPEGs does without
+    from torchvision.io import decode_webp
+
     try:
         image = decode_webp(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except RuntimeError:

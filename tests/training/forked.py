@@ -28,7 +28,7 @@ from clip_train.training.setup import Run
 from tokenizer import BPETokenizer
 
 KILLS = 50
-STEPS = 100
+STEPS = 600  # more than fifty starts get through
 
 
 @dataclass
