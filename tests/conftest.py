@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # models here are small: more threads spin and wait for each other
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 COLORS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange")
