@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -97,15 +98,18 @@ def run_cli(*arguments: str, env: dict[str, str] | None = None, **options: Any) 
 
 
 def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node=N …` over gloo on loopback."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
-         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        **options,
-    )  # fmt: skip
+    """`torchrun --nproc-per-node=N …` over gloo on loopback; what hangs ends with all its processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *arguments]  # fmt: skip
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+    try:
+        stdout, stderr = started.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, started.returncode, stdout, stderr)
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
