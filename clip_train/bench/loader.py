@@ -210,9 +210,6 @@ def decode_only(source: SourceData, augment: Augment, batch_size: int, threads: 
 class _NoTokens:
     """Captions are not read."""
 
-    def encode_batch(self, texts: list[str]) -> Any:
-        raise NotImplementedError
-
     def encode_counting_cuts(self, texts: list[str]) -> Any:
         raise NotImplementedError
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from clip_train.build import build_objective, build_optimizer, build_parallel
 from clip_train.config.load import set_values
-from clip_train.config.schema import AdamW, Recipe, ResNet, Timm, VisionTransformer
+from clip_train.config.schema import AdamW, Recipe, VisionTransformer
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
-from clip_train.errors import UserError
+from clip_train.export.open_clip import model_config
 from clip_train.export.open_clip_keys import to_open_clip
 from clip_train.models.two_tower import TwoTower
 from clip_train.objectives.base import Features
@@ -47,40 +47,12 @@ def with_adamw(recipe: Recipe) -> Recipe:
 
 def open_clip_model(recipe: Recipe, tokenizer: BPETokenizer, model: TwoTower) -> Any:
     """open_clip's model of the same recipe, with our weights."""
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    from open_clip.model import CLIP
 
-    text = recipe.text
-    if text.attention != "causal" or text.pool != "eot":
-        raise UserError("open_clip's native text tower is causal with EOT pooling: compare such a recipe")
-    image = recipe.image
-    match image:
-        case VisionTransformer():
-            vision = CLIPVisionCfg(
-                image_size=image.image_size, patch_size=image.patch_size, width=image.width, layers=image.layers,
-                head_width=image.width // image.heads, mlp_ratio=image.mlp_ratio, patch_dropout=image.patch_dropout,
-            )  # fmt: skip
-        case ResNet():
-            vision = CLIPVisionCfg(
-                image_size=image.image_size, layers=image.layers, width=image.width,
-                head_width=image.width * 32 // image.heads,
-            )  # fmt: skip
-        case Timm():
-            if image.arguments:
-                raise UserError("open_clip cannot pass image.arguments to timm: compare a recipe without")
-            vision = CLIPVisionCfg(
-                timm_model_name=image.name, timm_pool="", timm_proj="linear", image_size=image.image_size
-            )
-    quick = text.activation == "quick_gelu"
-    peer = CLIP(
-        embed_dim=recipe.model.embed_dim,
-        vision_cfg=vision,
-        text_cfg=CLIPTextCfg(
-            context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size, width=text.width,
-            heads=text.heads, layers=text.layers, mlp_ratio=text.mlp_ratio,
-        ),
-        quick_gelu=quick,
-        output_dict=True,
-    )  # fmt: skip
+    config = model_config(recipe, tokenizer)
+    if isinstance(recipe.image, VisionTransformer):  # which acts in training alone: no export has it
+        config["vision_cfg"]["patch_dropout"] = recipe.image.patch_dropout
+    peer = CLIP(**config, output_dict=True)
     peer.load_state_dict(to_open_clip(model.state_dict()), strict=True)
     return peer
 

@@ -75,10 +75,6 @@ class Run:
         """Consumed so far: the number of the sample that comes next."""
         return self.stream.order.first(self.step)
 
-    @property
-    def local_batch(self) -> int:
-        return self.recipe.data.batch_size // self.process.world
-
 
 def set_up(
     recipe: Recipe, run_dir: Path, process: Process, *, resume: str, allow_changed: Sequence[str], console: Console
