@@ -1,0 +1,311 @@
+"""Statistics of comparisons: intervals of differences, p values, corrections, and figures of rank and correlation.
+
+All is over *paired items*: the same questions put to two models. Where there are several seeds, an item's score is
+one number a seed, and the intervals speak of other seeds as well as of other items.
+
+Shapes: `N` items, `S` seeds (of both models, paired), `R` resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from clip_train.errors import DataError
+
+Floats = npt.NDArray[np.float64]
+Values = npt.ArrayLike
+Kind = Literal["mean", "auc", "pearson", "spearman"]
+"""What is taken of items: the mean of their scores, or how scores go with labels (point-biserial is Pearson's)."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, its confidence interval, and a two-sided p value of "it is zero" from the same resamples."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A coefficient, its two-sided p value and the number of items."""
+
+    r: float
+    p: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test's statistic (t or z) and its two-sided p value."""
+
+    __test__ = False  # for pytest: no test class
+
+    statistic: float
+    p: float
+
+
+def paired_bootstrap(
+    first: Values,
+    second: Values,
+    labels: Values | None = None,
+    *,
+    kind: Kind = "mean",
+    level: float = 0.95,
+    resamples: int = 5000,
+    method: Literal["percentile", "bca"] = "percentile",
+    seed: int = 0,
+) -> Interval:
+    """Interval of `kind(first) - kind(second)`, items being drawn with replacement, the same ones for both.
+
+    `first`, `second` `(N,)`, or `(S, N)`: then seeds are drawn as well as items (crossed, since all seeds answer the
+    same items), and the difference is that of the means over seeds. `labels (N,)` for the kinds that need them.
+    Drawing among few seeds gives (S - 1)/S of the variance it should; the seeds' deviations are stretched by
+    sqrt(S/(S - 1)) for that (Davison and Hinkley 1997, section 3.8). Three seeds remain three: such an interval is
+    still on the narrow side, as a normal one is beside a t of 2 degrees of freedom.
+    `bca` is Efron's bias-corrected and accelerated interval (1987), for one seed.
+
+    Raises DataError for items that do not pair up, that are not numbers, or labels of one class.
+    """
+    a, b = _scores(first), _scores(second)
+    y = None if labels is None else _column(labels, "labels")
+    if a.shape != b.shape or (y is not None and y.shape[0] != a.shape[1]):
+        raise DataError(
+            f"these do not pair up: {a.shape} and {b.shape} scores, {'no' if y is None else y.shape} labels"
+        )
+    if kind == "auc" and y is not None:
+        two_classes(y)
+    if method == "bca" and len(a) > 1:
+        raise DataError("method='bca' is for one seed: take 'percentile' over several")
+    seeds, count = a.shape
+
+    def differences(weights: Floats) -> Floats:  # (R, N) -> (R, S)
+        return np.stack(
+            [_statistic(kind, a[s], y, weights) - _statistic(kind, b[s], y, weights) for s in range(seeds)], axis=1
+        )
+
+    rng = np.random.default_rng(seed)
+    each = _in_parts(lambda r: differences(_draws(rng, count, r)), resamples, count)
+    if seeds > 1:
+        middle = each.mean(axis=1, keepdims=True)
+        each = middle + math.sqrt(seeds / (seeds - 1)) * (each - middle)
+    drawn = (each * _draws(rng, seeds, resamples)).mean(axis=1) if seeds > 1 else each[:, 0]
+    estimate = float(differences(np.ones((1, count))).mean())
+    low, high = (1 - level) / 2, (1 + level) / 2
+    if method == "bca":
+        left_out = _in_parts_of_jackknife(differences, count)
+        low, high = _bca_levels(drawn, estimate, left_out, low, high)
+    bounds = np.quantile(drawn, [low, high])
+    below, above = np.sum(drawn <= 0), np.sum(drawn >= 0)
+    p = min(1.0, 2 * (1 + float(min(below, above))) / (resamples + 1))
+    return Interval(estimate, float(bounds[0]), float(bounds[1]), level, p)
+
+
+def sign_flip(differences: Values, *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p value of "the mean difference is zero": how often flipping signs at random gives as large a mean.
+
+    `differences (N,)` of paired items. Exact where N ≤ 14, otherwise over `resamples` draws, the data counted as one
+    of them so that no p value is 0 (Phipson and Smyth 2010).
+    """
+    values = _column(differences, "differences")
+    found = abs(float(values.sum())) * (1 - 1e-12)
+    if len(values) <= 14:
+        signs = np.array(list(product((-1.0, 1.0), repeat=len(values))))
+        return float(np.mean(np.abs(signs @ values) >= found))
+    rng = np.random.default_rng(seed)
+
+    def flipped(count: int) -> Floats:
+        return (2.0 * rng.integers(0, 2, (count, len(values))) - 1.0) @ values
+
+    beyond = int(np.sum(np.abs(_in_parts(flipped, resamples, len(values))) >= found))
+    return (1 + beyond) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979): p values adjusted for their family, in the order given."""
+    p = np.asarray(p_values, dtype=np.float64)
+    if not len(p):
+        return []
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
+
+
+def auc(scores: Values, labels: Values) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting a half.
+
+    `scores (N,)`, `labels (N,)` 0 or 1. Raises DataError for labels of one class.
+    """
+    x, y = _column(scores, "scores"), _column(labels, "labels")
+    two_classes(y)
+    return float(_statistic("auc", x, y, np.ones((1, len(x))))[0])
+
+
+def point_biserial(scores: Values, labels: Values) -> Correlation:
+    """Pearson's correlation with a variable of two values; its p value is that of the t test of two groups."""
+    two_classes(_column(labels, "labels"))
+    return pearson(scores, labels)
+
+
+def pearson(scores: Values, ratings: Values) -> Correlation:
+    """Pearson's correlation of `(N,)` and `(N,)`. Scores that are all equal go with nothing: r = 0, p = 1."""
+    return _correlation(stats.pearsonr, scores, ratings)
+
+
+def spearman(scores: Values, ratings: Values) -> Correlation:
+    """Pearson's correlation of ranks, ties at their mean rank. Scores that are all equal: r = 0, p = 1."""
+    return _correlation(stats.spearmanr, scores, ratings)
+
+
+def williams(r12: float, r13: float, r23: float, n: int) -> Test:
+    """Williams' t of r12 = r13, two correlations of the same `n` items that share variable 1; n - 3 degrees of freedom.
+
+    Steiger (1980, equation 7) prefers it to Hotelling's. With variable 1 the human ratings, 2 and 3 two models.
+    """
+    _check_correlations(r12, r13, r23, n)
+    determinant = 1 - r12**2 - r13**2 - r23**2 + 2 * r12 * r13 * r23
+    spread = 2 * determinant * (n - 1) / (n - 3) + ((r12 + r13) / 2) ** 2 * (1 - r23) ** 3
+    if r12 == r13 or spread <= 0:
+        return Test(0.0, 1.0)
+    t = (r12 - r13) * math.sqrt((n - 1) * (1 + r23) / spread)
+    return Test(t, float(2 * stats.t.sf(abs(t), n - 3)))
+
+
+def steiger(r12: float, r13: float, r23: float, n: int) -> Test:
+    """Steiger's Z of r12 = r13 (1980, equations 3, 10 and 14): Fisher's z with the covariance at the pooled r."""
+    _check_correlations(r12, r13, r23, n)
+    if r12 == r13:
+        return Test(0.0, 1.0)
+    pooled = ((r12 + r13) / 2) ** 2
+    covariance = (r23 * (1 - 2 * pooled) - pooled * (1 - 2 * pooled - r23**2) / 2) / (1 - pooled) ** 2
+    z = (math.atanh(r12) - math.atanh(r13)) * math.sqrt((n - 3) / (2 - 2 * covariance))
+    return Test(z, float(2 * stats.norm.sf(abs(z))))
+
+
+def two_classes(labels: Floats) -> None:
+    """Raises DataError where labels are not 0 and 1, both of them."""
+    found = np.unique(labels)
+    if found.tolist() != [0.0, 1.0]:
+        raise DataError(f"labels must be 0 and 1, and both must occur: found {found[:5].tolist()}")
+
+
+def _statistic(kind: Kind, scores: Floats, labels: Floats | None, weights: Floats) -> Floats:
+    """`scores (N,)`, `labels (N,)`, how often each item was drawn `weights (R, N)` -> `(R,)`."""
+    if kind == "mean":
+        return weights @ scores / weights.sum(axis=1)
+    if labels is None:
+        raise DataError(f"kind={kind!r} needs labels")
+    if kind == "auc":
+        positive = weights @ labels
+        ranks = _ranks(scores, weights)
+        area = np.sum(ranks * weights * labels, axis=1) - positive * (positive + 1) / 2
+        pairs = positive * (weights.sum(axis=1) - positive)
+        return np.divide(area, pairs, out=np.full(len(weights), 0.5), where=pairs > 0)
+    if kind == "spearman":
+        return _weighted_correlation(_ranks(scores, weights), _ranks(labels, weights), weights)
+    return _weighted_correlation(scores[None], labels[None], weights)
+
+
+def _ranks(values: Floats, weights: Floats) -> Floats:
+    """Mean rank (from 1) of each item among those drawn, `(R, N)`: what ranking the drawn copies would give."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    sizes = np.add.reduceat(weights[:, order], starts, axis=1)  # copies of each distinct value
+    mean_rank = np.cumsum(sizes, axis=1) - (sizes - 1) / 2
+    group = np.empty(len(values), dtype=np.int64)
+    group[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(values))))
+    return mean_rank[:, group]
+
+
+def _weighted_correlation(x: Floats, y: Floats, weights: Floats) -> Floats:
+    share = weights / weights.sum(axis=1, keepdims=True)
+    x = x - np.sum(share * x, axis=1, keepdims=True)
+    y = y - np.sum(share * y, axis=1, keepdims=True)
+    scale = np.sqrt(np.sum(share * x * x, axis=1) * np.sum(share * y * y, axis=1))
+    return np.divide(np.sum(share * x * y, axis=1), scale, out=np.zeros(len(weights)), where=scale > 1e-12)
+
+
+def _draws(rng: np.random.Generator, count: int, resamples: int) -> Floats:
+    """How often each of `count` was drawn in `count` draws with replacement, `(R, count)`."""
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+
+
+def _in_parts(one: Callable[[int], Floats], resamples: int, count: int) -> Floats:
+    """Results of `resamples` rows, at most some 4 million numbers at a time."""
+    at_once = max(1, 4_000_000 // count)
+    return np.concatenate([one(min(at_once, resamples - done)) for done in range(0, resamples, at_once)])
+
+
+def _in_parts_of_jackknife(differences: Callable[[Floats], Floats], count: int) -> Floats:
+    at_once = max(1, 4_000_000 // count)
+    parts: list[Floats] = []
+    for start in range(0, count, at_once):
+        rows = np.arange(start, min(start + at_once, count))
+        weights = np.ones((len(rows), count))
+        weights[np.arange(len(rows)), rows] = 0.0
+        parts.append(differences(weights)[:, 0])
+    return np.concatenate(parts)
+
+
+def _bca_levels(drawn: Floats, estimate: float, left_out: Floats, low: float, high: float) -> tuple[float, float]:
+    share = (np.sum(drawn < estimate) + np.sum(drawn <= estimate)) / (2 * len(drawn))
+    if not 0 < share < 1:
+        return low, high  # nothing varies
+    bias = stats.norm.ppf(share)
+    away = left_out.mean() - left_out
+    spread = float(np.sum(away**2))
+    acceleration = float(np.sum(away**3)) / (6 * spread**1.5) if spread > 0 else 0.0
+
+    def moved(level: float) -> float:
+        z = bias + stats.norm.ppf(level)
+        return float(stats.norm.cdf(bias + z / (1 - acceleration * z)))
+
+    return moved(low), moved(high)
+
+
+def _correlation(of: Callable[..., Any], scores: Values, ratings: Values) -> Correlation:
+    x, y = _column(scores, "scores"), _column(ratings, "ratings")
+    if len(x) != len(y):
+        raise DataError(f"{len(x)} scores and {len(y)} ratings do not pair up")
+    if len(y) < 3 or np.ptp(y) == 0:
+        raise DataError(f"{len(y)} ratings from {y.min():g} to {y.max():g}: a correlation needs three that vary")
+    if np.ptp(x) == 0:
+        return Correlation(0.0, 1.0, len(x))
+    result = of(x, y)
+    return Correlation(float(result.statistic), float(result.pvalue), len(x))
+
+
+def _check_correlations(r12: float, r13: float, r23: float, n: int) -> None:
+    if not (n > 3 and max(abs(r12), abs(r13)) < 1 and abs(r23) <= 1):
+        raise DataError(
+            f"r12 = {r12:g}, r13 = {r13:g}, r23 = {r23:g} of {n} items: needs |r| < 1 and more than 3 items"
+        )
+
+
+def _scores(values: Values) -> Floats:
+    scores = np.asarray(values, dtype=np.float64)
+    scores = scores[None] if scores.ndim == 1 else scores
+    if scores.ndim != 2 or not scores.size or not np.isfinite(scores).all():
+        raise DataError(f"scores of shape {scores.shape}: needs finite numbers, (items,) or (seeds, items)")
+    return scores
+
+
+def _column(values: Values, what: str) -> Floats:
+    column = np.asarray(values, dtype=np.float64)
+    if column.ndim != 1 or not column.size or not np.isfinite(column).all():
+        raise DataError(f"{what} of shape {column.shape}: needs finite numbers in one dimension")
+    return column
