@@ -85,6 +85,7 @@ def build_model(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower:
                 attention=text.attention,
                 pool=text.pool,
                 activation=text.activation,
+                eot_id=tokenizer.eot,
             ),
             embed_dim=recipe.model.embed_dim,
             init_temperature=recipe.model.init_temperature,

@@ -55,7 +55,7 @@ class TextTransformer(Section):
     heads: PositiveInt = 8
     mlp_ratio: PositiveFloat = 4.0
     attention: Literal["causal", "bidirectional"] = "causal"
-    pool: Literal["eot", "cls", "mean", "map"] = "eot"
+    pool: Literal["eot", "last", "cls", "mean", "max", "map"] = "eot"
     activation: Literal["gelu", "quick_gelu"] = "gelu"
 
 

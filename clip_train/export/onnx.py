@@ -48,7 +48,7 @@ def write_onnx(loaded: LoadedModel, out: Path) -> None:
     """Write both graphs, `preprocess.json`, `tokenizer.json` and `example.py` into an existing folder."""
     model = copy.deepcopy(loaded.model).cpu().float().eval()
     assert isinstance(model.text, TextTransformer)
-    model.text.packed, model.text.eot_id = False, loaded.tokenizer.eot  # a graph's shapes cannot follow lengths
+    model.text.packed = False  # a graph's shapes cannot follow lengths
     size, tokenizer = loaded.preprocess.size, loaded.tokenizer
     _trace(_Image(model), torch.zeros(2, 3, size, size), "pixel_values", {0: "batch"}, out / "image.onnx")
     ids = torch.full((2, 8), tokenizer.pad)

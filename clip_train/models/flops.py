@@ -15,12 +15,13 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_train.models.adapters import TimmTower
 from clip_train.models.base import Tower
 from clip_train.models.layers import Block
-from clip_train.models.pooling import AttentionPool
+from clip_train.models.pooling import TOKEN_POOLS, AttentionPool
 from clip_train.models.resnet import Bottleneck, ModifiedResNet
 from clip_train.models.text import TextTransformer
 from clip_train.models.two_tower import TwoTower
@@ -83,7 +84,7 @@ def text_flops(tower: Tower, length: float, pooled_only: bool = False) -> float:
     """FLOPs of one caption of `length` tokens through a text tower, without the projection."""
     if not isinstance(tower, TextTransformer):
         raise TypeError(f"no FLOP count for {type(tower).__name__}")
-    flops = _blocks(tower, length, pooled_only and tower.pool in ("eot", "cls"))
+    flops = _blocks(tower, length, pooled_only and tower.pool in TOKEN_POOLS)
     return flops + _attention_pool(tower.attention_pool, length)
 
 
@@ -131,6 +132,6 @@ def _counted(tower: Tower, image_size: int) -> float:
     """Run one meta sample under torch's counter, for towers whose structure is not ours."""
     tower = copy.deepcopy(tower).to("meta").eval()
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # not every torch counts its fused attention
         tower(torch.empty(1, 3, image_size, image_size, device="meta"))
     return float(counter.get_total_flops())

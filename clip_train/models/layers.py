@@ -68,6 +68,8 @@ class Layout:
     read: Tensor | None = None
     """`(B,)` int64, the only row of each sample that is read after this block, counted over all rows of the batch;
     it attends to every `valid` token. `None` means that all are read."""
+    read_position: Tensor | None = None
+    """`(B,)` int64, where in its sample the row of `read` stands; given for texts."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, valid: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from clip_train.models.vision import VisionTransformer
 
 Attention = Literal["causal", "bidirectional"]
 ATTENTION: tuple[Attention, ...] = ("causal", "bidirectional")
-POOLS: tuple[Pool, ...] = ("eot", "cls", "mean", "map")
+POOLS: tuple[Pool, ...] = ("eot", "last", "cls", "mean", "max", "map")
 LENGTHS = torch.tensor([5, 2, 9, 1, 9])
 
 IMAGE_TOWERS = {

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from clip_train.models.base import TowerOutput
+from clip_train.models.pooling import pool_tokens
 from clip_train.models.text import TextTransformer
 
 VOCABULARY, CONTEXT, WIDTH, EOT = 50, 14, 32, 3
 CHOICES = [
     (attention, pool)
-    for attention, pool in product(("causal", "bidirectional"), ("eot", "cls", "mean", "map"))
+    for attention, pool in product(("causal", "bidirectional"), ("eot", "last", "cls", "mean", "max", "map"))
     if (attention, pool) != ("causal", "cls")
 ]
 LENGTHS = torch.tensor([5, 2, 9, 1, 9])
@@ -122,7 +123,7 @@ def test_bidirectional_tokens_see_later_ones() -> None:
     assert difference[1:].max() < 1e-6
 
 
-@pytest.mark.parametrize(("pool", "expected"), [("cls", 0), ("eot", -1)])
+@pytest.mark.parametrize(("pool", "expected"), [("cls", 0), ("eot", -1), ("last", -1)])
 def test_pooled_is_the_token_it_says(pool: str, expected: int) -> None:
     output = tower("bidirectional", pool)(captions(), LENGTHS)
     for i, length in enumerate(LENGTHS.tolist()):
@@ -130,10 +131,50 @@ def test_pooled_is_the_token_it_says(pool: str, expected: int) -> None:
         assert output.valid[i].tolist() == [position < length for position in range(int(LENGTHS.max()))]
 
 
-def test_mean_is_over_valid_tokens() -> None:
-    output = tower("causal", "mean")(captions(), LENGTHS)
-    for i, length in enumerate(LENGTHS.tolist()):
-        torch.testing.assert_close(output.pooled[i], output.tokens[i, :length].mean(dim=0), atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_eot_is_the_first_of_several_and_last_the_last(attention: str, packed: bool) -> None:
+    """As in a pair of sentences. Read alone or among all tokens; padding may be EOT too."""
+    ids, lengths = captions(pad=EOT), LENGTHS
+    ids[0, 2] = ids[2, 3] = ids[2, 5] = EOT
+    for pool, places in {"eot": [2, 1, 3, 0, 8], "last": [4, 1, 8, 0, 8]}.items():
+        model = tower(attention, pool, packed=packed)
+        found: list[dict[str, Tensor]] = []
+        for only in (False, True):
+            model.zero_grad()
+            output = model(ids, lengths, pooled_only=only)
+            if not only:
+                torch.testing.assert_close(output.pooled, output.tokens[torch.arange(5), torch.tensor(places)])
+            output.pooled.square().sum().backward()
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            found.append({"pooled": output.pooled.detach(), **gradients})
+        assert_equal(found[1], found[0], 2e-6)
+
+
+def test_a_text_without_eot_is_read_at_its_end() -> None:
+    ids = captions()
+    ids[4, -1] = 8
+    output = tower("causal", "eot")(ids, LENGTHS)
+    torch.testing.assert_close(output.pooled[4], output.tokens[4, 8])
+
+
+def test_mean_and_max_are_over_valid_tokens() -> None:
+    for pool in ("mean", "max"):
+        output = tower("causal", pool)(captions(length=CONTEXT), LENGTHS)
+        for i, length in enumerate(LENGTHS.tolist()):
+            tokens = output.tokens[i, :length]
+            expected = tokens.mean(dim=0) if pool == "mean" else tokens.max(dim=0).values
+            torch.testing.assert_close(output.pooled[i], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["eot", "last", "cls", "mean", "max"])
+def test_a_pool_without_parameters_can_be_chosen_afterwards(pool: str) -> None:
+    ids = captions()
+    output = tower("bidirectional", "mean")(ids, LENGTHS)
+    expected = tower("bidirectional", pool)(ids, LENGTHS)
+    torch.testing.assert_close(pool_tokens(output.tokens, output.valid, ids, EOT, pool), expected.pooled)
+    with pytest.raises(ValueError, match="pool='map' is unknown without parameters"):
+        pool_tokens(output.tokens, output.valid, ids, EOT, "map")
 
 
 def test_lengths_default_to_the_first_eot() -> None:
@@ -146,7 +187,7 @@ def test_lengths_default_to_the_first_eot() -> None:
     [
         ({"attention": "causal", "pool": "cls"}, "attention='causal' contradicts pool='cls'"),
         ({"attention": "sideways", "pool": "eot"}, "attention='sideways' is unknown"),
-        ({"attention": "causal", "pool": "max"}, "pool='max' is unknown"),
+        ({"attention": "causal", "pool": "median"}, "pool='median' is unknown"),
         ({"attention": "causal", "pool": "eot", "activation": "relu"}, "activation='relu' is unknown"),
     ],
 )
