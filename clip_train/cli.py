@@ -163,6 +163,11 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make shards, look into them, list the samples of a recipe's batches")
     add_data_commands(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
+    from clip_train.evaluation.text_to_image.commands import add_commands as add_generator_commands
+
+    generator = commands.add_parser("generator", help="text-to-image: the generator that probes of text encoders share")
+    add_generator_commands(generator.add_subparsers(title="commands", metavar="COMMAND", required=True))
+
     from clip_train.bench.commands import add_commands as add_bench_commands
 
     bench = commands.add_parser("bench", help="ours beside a peer, interleaved")
