@@ -48,7 +48,7 @@ def _npm(folder: Path, package: str) -> Path:
     if not unpacked.is_dir():
         archive = unpacked.with_name(unpacked.name + ".tgz")
         if not archive.is_file():
-            _run(["npm", "pack", "--silent", f"{package}@{version}"], folder)
+            run_client(["npm", "pack", "--silent", f"{package}@{version}"], folder)
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")
     return unpacked / "package"
@@ -58,13 +58,14 @@ def _deb(folder: Path, package: str) -> Path:
     unpacked = folder / "deb"
     if not (unpacked / "usr/share/openclipart").is_dir():
         if not list(folder.glob(f"{package}_*.deb")):
-            _run(["apt-get", "download", f"{package}={VERSIONS[package]}"], folder)
+            run_client(["apt-get", "download", f"{package}={VERSIONS[package]}"], folder)
         (archive,) = folder.glob(f"{package}_*.deb")
-        _run(["dpkg-deb", "-x", str(archive.resolve()), str(unpacked.resolve())], folder)
+        run_client(["dpkg-deb", "-x", str(archive.resolve()), str(unpacked.resolve())], folder)
     return unpacked
 
 
-def _run(command: list[str], folder: Path) -> None:
+def run_client(command: list[str], folder: Path) -> None:
+    """Run a package manager's command in a folder. Raises FileNotFoundError where it is not installed."""
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(
             f"{command[0]} is missing: run `{' '.join(command)}` elsewhere, put the file in {folder}"
