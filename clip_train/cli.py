@@ -90,6 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--weights", choices=["raw", "ema"], help="trained or averaged; default: as the recipe says")
     evaluate.set_defaults(run=run_eval)
 
+    from clip_train.evaluation.text.commands import add_arguments as add_probe_arguments
+
+    probe = commands.add_parser("probe", help="what text encoders know: frozen probes, same-picture and similarity tasks")
+    add_probe_arguments(probe)
+
     export = commands.add_parser("export", help="a checkpoint for open_clip, transformers, timm or ONNX Runtime")
     export.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
     export.add_argument("--to", required=True, choices=EXPORTS)

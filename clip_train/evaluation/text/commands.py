@@ -1,0 +1,127 @@
+"""`clip-train probe PATH … --suite text`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_train.evaluation.text.compare import Difference
+    from clip_train.evaluation.text.results import TaskResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `clip-train probe` takes."""
+    parser.add_argument(
+        "encoders", nargs="+", type=Path, metavar="PATH",
+        help="runs or checkpoints of ours, transformers or open_clip directories; several are compared with the first",
+    )  # fmt: skip
+    parser.add_argument("--suite", choices=["text"], default="text")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="default: PATH/probe; of several encoders each gets a folder of its name in DIR",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", default="", metavar="NAME[,NAME]", help="exp1, exp2, exp1/topic, … (default: all that are there)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="where the encoder runs (default cpu; cuda where there is one)"
+    )
+    parser.set_defaults(run=run_probe)
+
+
+def run_probe(args: argparse.Namespace) -> int:
+    """Run the suite on every encoder; several are compared at the end."""
+    console = Console(highlight=False)
+    from clip_train.evaluation.text.encoder import open_encoder
+    from clip_train.evaluation.text.suite import choose, run_suite, save_suite
+
+    tasks = choose([name.strip() for name in args.tasks.split(",") if name.strip()])
+    places = _places(args.encoders, args.out)
+    found: dict[str, list[TaskResult]] = {}
+    for (name, out), path in zip(places.items(), args.encoders, strict=True):
+        encoder = open_encoder(path, device=args.device)
+        with _progress(console) as progress:
+            bar = progress.add_task(name, total=len(tasks))
+
+            def advance(task: str, _: list[TaskResult], progress: Progress = progress, bar: object = bar) -> None:
+                progress.update(bar, advance=1, description=f"{name} {task}")  # type: ignore[arg-type]
+
+            found[name] = run_suite(encoder, tasks, advance=advance)
+        save_suite(encoder, path, out, found[name])
+        console.print(table_of(name, found[name]))
+        console.print(f"{out / 'text.json'}, {out / 'text.npz'}", soft_wrap=True)
+    if len(found) > 1:
+        from clip_train.evaluation.text.compare import compare, write_comparison
+
+        differences = compare(found)
+        console.print(comparison_table(list(found), differences))
+        target = (args.out or next(iter(places.values()))) / "comparison.json"
+        write_comparison(target, list(found), differences)
+        console.print(str(target), soft_wrap=True)
+    return 0
+
+
+def _places(paths: Sequence[Path], out: Path | None) -> dict[str, Path]:
+    """A name and a folder for each encoder."""
+    if len(paths) == 1:
+        return {paths[0].name or str(paths[0]): out or _folder(paths[0]) / "probe"}
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):  # runs/a/probe and runs/b/probe: tell them apart by what comes before
+        names = [str(path).strip("/.").replace("/", "-") for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError(f"an encoder is named twice: {', '.join(map(str, paths))}")
+    return {name: _folder(path) / "probe" if out is None else out / name for name, path in zip(names, paths, strict=True)}
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
+        transient=True,
+    )  # fmt: skip
+
+
+def table_of(name: str, results: Sequence[TaskResult]) -> Table:
+    """One encoder's figures."""
+    table = Table(title=name, title_justify="left")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("value", "chance", "bag of words", "n"):
+        table.add_column(column, justify="right")
+    table.add_column("pool")
+    table.add_column("s", justify="right")
+    for one in results:
+        bag = one.more.get("bag_of_words")
+        table.add_row(
+            one.name, one.metric, f"[bold]{one.value:.3f}[/]", f"{one.chance:.3f}",
+            "" if bag is None else f"{bag:.3f}", str(one.n), one.pool, f"{one.seconds:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def comparison_table(names: Sequence[str], differences: Sequence[Difference]) -> Table:
+    """Differences from the first encoder, with their intervals."""
+    table = Table(title=f"against {names[0]}", title_justify="left")
+    for column in ("task", "encoder", "metric"):
+        table.add_column(column)
+    for column in (names[0], "value", "difference", "95 % interval", "p (Holm)", "p (Williams)"):
+        table.add_column(column, justify="right")
+    for one in differences:
+        table.add_row(
+            one.task, one.encoder, one.metric, f"{one.reference:.3f}", f"{one.value:.3f}",
+            f"{one.value - one.reference:+.3f}", f"{one.low:+.3f} … {one.high:+.3f}", f"{one.p:.3g}",
+            "" if one.williams_p is None else f"{one.williams_p:.3g}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,54 @@
+"""Text towers of our own checkpoints, CLIPs and language models alike.
+
+Shapes: `B` texts, `L` tokens of the longest, `W` width of the tower, `D` of the joint space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from clip_train.errors import CheckpointError
+from clip_train.evaluation.text.encoder import Sequences, joined
+from clip_train.loading import load
+from clip_train.models.base import TowerOutput
+from tokenizer import BPETokenizer
+
+
+class OurTower:
+    """A text tower with its vocabulary, and the projection behind it where it is a CLIP's."""
+
+    def __init__(self, text: nn.Module, tokenizer: BPETokenizer, projection: nn.Module | None = None) -> None:
+        self.module, self.tokenizer, self.projection = text, tokenizer, projection
+        self.width = int(text.width)  # pyright: ignore[reportArgumentType]
+        self.pad, self.eot_id = tokenizer.pad, tokenizer.eot
+        self.free_pools = ("eot", "last", "cls", "mean", "max")
+
+    def tokenise(self, first: Sequence[str], second: Sequence[str] | None) -> Sequences:
+        """SOT a EOT, or SOT a EOT b EOT."""
+        if self.tokenizer.context_length < (3 if second is None else 5):
+            raise CheckpointError(f"a cap of {self.tokenizer.context_length} tokens has no room for two texts")
+        rows: list[list[int]] = []
+        cuts = 0
+        room = self.tokenizer.context_length - (2 if second is None else 3)
+        for number, text in enumerate(first):
+            other = None if second is None else self.tokenizer.encode(second[number])
+            a, b, cut = joined(self.tokenizer.encode(text), other, room)
+            tail = [] if b is None else [*b, self.tokenizer.eot]
+            rows.append([self.tokenizer.sot, *a, self.tokenizer.eot, *tail])
+            cuts += cut
+        return Sequences(rows, None, cuts)
+
+    def run(self, ids: Tensor, lengths: Tensor, types: Tensor | None) -> TowerOutput:
+        return self.module(ids, lengths)
+
+    def project(self, pooled: Tensor) -> Tensor | None:
+        return None if self.projection is None else self.projection(pooled)
+
+
+def open_tower(path: Path) -> OurTower:
+    """The text tower of a run folder or a checkpoint. Raises CheckpointError as `clip_train.load`."""
+    loaded = load(path)
+    return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection)

@@ -1,0 +1,105 @@
+"""Text tasks: rows of texts with answers, in splits that were fixed when the data was made."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_train import embedded
+from clip_train.errors import DataError
+
+Kind = Literal["labels", "ratings", "same"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """`n` items."""
+
+    first: list[str]
+    second: list[str] | None
+    """The other text of pairs."""
+    answers: NDArray[np.float64]
+    """`(n,)`: number of the class, rating, or 0 and 1."""
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A named task with its splits."""
+
+    name: str
+    kind: Kind
+    """`labels` and `ratings` are learned from `train`; `same`, and `ratings` without `train`, are asked of cosines."""
+    splits: dict[str, Split]
+    classes: tuple[str, ...] = ()
+    metric: str = "accuracy"
+    about: str = ""
+
+    @property
+    def pairs(self) -> bool:
+        return next(iter(self.splits.values())).second is not None
+
+
+EMBEDDED = {
+    "exp1": ("topic", "acceptability", "word_in_context", "entailment"),
+    "exp2": (
+        "same_picture", "same_picture_near", "same_picture_word", "same_picture_clipart", "keywords", "wordnet_names",
+        "wordnet_definitions",
+    ),
+}  # fmt: skip
+"""Tasks that ship with the project, by experiment."""
+
+
+def load_embedded(name: str) -> TextTask:
+    """A task that ships with the project."""
+    return read_task(embedded.path("texts") / f"{name}.json.gz")
+
+
+def read_task(path: Path) -> TextTask:
+    """A task's file. Raises DataError where it is none."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            content: dict[str, Any] = json.load(stream)
+        splits = {name: split_of(rows) for name, rows in content["splits"].items()}
+        task = TextTask(
+            content["name"], content["kind"], splits, tuple(content["classes"]),
+            "accuracy" if content["kind"] == "labels" else "auc" if content["kind"] == "same" else "spearman",
+            content["about"],
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: no text task: {error}") from error
+    check_task(task)
+    return task
+
+
+def split_of(rows: Sequence[Sequence[Any]]) -> Split:
+    """Rows `[text, answer]` or `[first, second, answer]`."""
+    second = [row[1] for row in rows] if rows and len(rows[0]) == 3 else None
+    return Split([row[0] for row in rows], second, np.array([float(row[-1]) for row in rows]))
+
+
+def check_task(task: TextTask) -> None:
+    """Raises DataError for what cannot be asked: an empty split, labels of one class, ratings that are all equal."""
+    for name in ("train", "dev", "test") if task.kind == "labels" else ("dev", "test"):
+        if name not in task.splits or not len(task.splits[name]):
+            raise DataError(f"{task.name}: its split {name!r} is empty: nothing can be learned or measured")
+    for name, split in task.splits.items():
+        answers = np.unique(split.answers)
+        if not np.isfinite(answers).all():
+            raise DataError(f"{task.name}: an answer of {name!r} is no finite number")
+        if len(answers) < 2:
+            what = "all ratings are" if task.kind == "ratings" else "all labels are of one class,"
+            raise DataError(f"{task.name}: {what} {answers[0]:g} in {name!r}: nothing can be learned or measured")
+        if task.kind == "labels" and not set(answers) <= set(range(len(task.classes))):
+            raise DataError(f"{task.name}: labels of {name!r} are {answers[:5]}, its classes {len(task.classes)}")
+        if task.kind == "same" and answers.tolist() != [0.0, 1.0]:
+            raise DataError(f"{task.name}: answers of {name!r} are {answers[:5]}: they must be 0 and 1")
