@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     from clip_train.evaluation.text.commands import add_arguments as add_probe_arguments
 
-    probe = commands.add_parser("probe", help="what text encoders know: frozen probes, same-picture and similarity tasks")
+    probe = commands.add_parser("probe", help="what text encoders know: probes, same-picture tasks")
     add_probe_arguments(probe)
 
     export = commands.add_parser("export", help="a checkpoint for open_clip, transformers, timm or ONNX Runtime")

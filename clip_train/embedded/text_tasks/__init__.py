@@ -1,1 +1,1 @@
-"""The scripts that made `clip_train/embedded/texts`: text tasks from WordNet, the Unicode CLDR and clip-art captions."""
+"""What made `clip_train/embedded/texts`: text tasks from WordNet, the Unicode CLDR and captions of clip art."""

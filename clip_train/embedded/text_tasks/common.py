@@ -67,7 +67,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-_SMALL = frozenset("a an the of in on with and or to for by from at is are as its it that this".split())
+_SMALL = set("a an the of in on with and or to for by from at is are as its it that this".split())  # noqa: SIM905
 
 
 def stems(text: str) -> set[str]:

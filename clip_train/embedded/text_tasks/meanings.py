@@ -65,7 +65,7 @@ def entailment(graph: Graph, common: set[str], sizes: dict[str, int]) -> Task:
         ups = [up for up, steps in sorted(graph.above(key).items()) if 2 <= steps <= 5 and graph.depth(up) >= 5]
         ups = [up for up in ups if uses[up] < 8 and not overlap(_text(one), nouns[up].lemmas[0])]
         for up in shuffled(ups, task.name, key):
-            split = sides.claim([f"is {up}", key])
+            split = sides.claim([f"word {_name(nouns[up])}", f"word {_name(one)}", key])
             if split is not None:
                 groups[split, one.category].append((key, up))
                 uses[up] += 1
@@ -79,7 +79,7 @@ def entailment(graph: Graph, common: set[str], sizes: dict[str, int]) -> Task:
             ):
                 continue
             rows = [(first, up, 1), (second, other, 1), (first, other, 0), (second, up, 0)]
-            pairs[split].append([[_text(nouns[x]), f"a kind of {nouns[y].lemmas[0]}", label] for x, y, label in rows])
+            pairs[split].append([[_text(nouns[x]), f"a kind of {_name(nouns[y])}", label] for x, y, label in rows])
     for split, size in sizes.items():
         chosen = sorted(pairs[split], key=lambda rows: share(task.name, "quad", rows[0][0], rows[1][0]))[: size // 4]
         task.splits[split] = [row for rows in chosen for row in rows]
@@ -123,7 +123,9 @@ def similarity(graph: Graph, names: dict[str, str], sizes: dict[str, int], *, gl
         close = {
             (a, b) for together in near.values() if len(together) <= 40 for a in together for b in together if a < b
         }
-        far = {(a, int(share(task.name, "far", a, turn) * len(members))) for a in range(len(members)) for turn in (0, 1)}
+        far = {
+            (a, int(share(task.name, "far", a, turn) * len(members))) for a in range(len(members)) for turn in (0, 1)
+        }
         rows: list[Row] = []
         for group in (close, far):
             kept: list[Row] = []
@@ -136,5 +138,9 @@ def similarity(graph: Graph, names: dict[str, str], sizes: dict[str, int], *, gl
     return task
 
 
+def _name(one: Synset) -> str:
+    return one.lemmas[0].lower()
+
+
 def _text(one: Synset) -> str:
-    return f"{one.lemmas[0].lower()}: {clean(one.definition)}"
+    return f"{_name(one)}: {clean(one.definition)}"

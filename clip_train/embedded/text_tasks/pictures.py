@@ -71,7 +71,7 @@ def same_picture(name: str, split: str, about: str, dev: float, *, negative: str
         rows: list[Row] = []
         for one in shuffled_pictures(members, name):
             for other in shuffled_pictures(members, name, one.key):
-                if other is one or overlap(other.name, one.name) and negative != "word":
+                if other is one or (overlap(other.name, one.name) and negative != "word"):
                     continue
                 pair = _pair(one, other, negative)
                 if pair is not None:
@@ -133,7 +133,9 @@ def keyword_similarity(sizes: dict[str, int]) -> Task:
             for word in one.rest:
                 by_word[word].append(number)
         close = {(a, b) for together in by_word.values() for a in together for b in together if a < b}
-        far = {(a, int(share(task.name, "far", a, turn) * len(members))) for a in range(len(members)) for turn in (0, 1)}
+        far = {
+            (a, int(share(task.name, "far", a, turn) * len(members))) for a in range(len(members)) for turn in (0, 1)
+        }
         rows: list[Row] = []
         for group, count in ((close, size * 2 // 3), (far - close, size - size * 2 // 3)):
             kept: list[Row] = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from clip_train.errors import UserError
@@ -32,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", default="", metavar="NAME[,NAME]", help="exp1, exp2, exp1/topic, … (default: all that are there)"
     )
-    parser.add_argument(
-        "--device", default="cpu", help="where the encoder runs (default cpu; cuda where there is one)"
-    )
+    parser.add_argument("--device", default="cpu", help="where the encoder runs (default cpu; cuda where there is one)")
     parser.set_defaults(run=run_probe)
 
 
@@ -51,11 +50,7 @@ def run_probe(args: argparse.Namespace) -> int:
         encoder = open_encoder(path, device=args.device)
         with _progress(console) as progress:
             bar = progress.add_task(name, total=len(tasks))
-
-            def advance(task: str, _: list[TaskResult], progress: Progress = progress, bar: object = bar) -> None:
-                progress.update(bar, advance=1, description=f"{name} {task}")  # type: ignore[arg-type]
-
-            found[name] = run_suite(encoder, tasks, advance=advance)
+            found[name] = run_suite(encoder, tasks, advance=partial(_advance, progress, bar, name))
         save_suite(encoder, path, out, found[name])
         console.print(table_of(name, found[name]))
         console.print(f"{out / 'text.json'}, {out / 'text.npz'}", soft_wrap=True)
@@ -70,6 +65,10 @@ def run_probe(args: argparse.Namespace) -> int:
     return 0
 
 
+def _advance(progress: Progress, bar: TaskID, name: str, task: str, _: list[TaskResult]) -> None:
+    progress.update(bar, advance=1, description=f"{name} {task}")
+
+
 def _places(paths: Sequence[Path], out: Path | None) -> dict[str, Path]:
     """A name and a folder for each encoder."""
     if len(paths) == 1:
@@ -79,7 +78,9 @@ def _places(paths: Sequence[Path], out: Path | None) -> dict[str, Path]:
         names = [str(path).strip("/.").replace("/", "-") for path in paths]
     if len(set(names)) < len(names):
         raise UserError(f"an encoder is named twice: {', '.join(map(str, paths))}")
-    return {name: _folder(path) / "probe" if out is None else out / name for name, path in zip(names, paths, strict=True)}
+    return {
+        name: _folder(path) / "probe" if out is None else out / name for name, path in zip(names, paths, strict=True)
+    }
 
 
 def _folder(path: Path) -> Path:
@@ -97,7 +98,7 @@ def table_of(name: str, results: Sequence[TaskResult]) -> Table:
     """One encoder's figures."""
     table = Table(title=name, title_justify="left")
     for column in ("task", "metric"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("value", "chance", "bag of words", "n"):
         table.add_column(column, justify="right")
     table.add_column("pool")
@@ -115,7 +116,7 @@ def comparison_table(names: Sequence[str], differences: Sequence[Difference]) ->
     """Differences from the first encoder, with their intervals."""
     table = Table(title=f"against {names[0]}", title_justify="left")
     for column in ("task", "encoder", "metric"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in (names[0], "value", "difference", "95 % interval", "p (Holm)", "p (Williams)"):
         table.add_column(column, justify="right")
     for one in differences:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from clip_train.evaluation import statistics
 from clip_train.evaluation.text.results import TaskResult
@@ -31,7 +29,7 @@ class Difference:
     p: float
     """Of the paired bootstrap, corrected by Holm over all differences of the comparison."""
     williams_p: float | None
-    """Of Williams' test for two correlations with one rating, not corrected; None where the figure is no correlation."""
+    """Of Williams' test for two correlations with one rating, not corrected; None where there is no correlation."""
 
 
 def compare(results: Mapping[str, Sequence[TaskResult]]) -> list[Difference]:
@@ -64,16 +62,15 @@ def compare(results: Mapping[str, Sequence[TaskResult]]) -> list[Difference]:
                            williams)
             )  # fmt: skip
     corrected = statistics.holm([one.p for one in found])
-    return [Difference(**(asdict(one) | {"p": p})) for one, p in zip(found, corrected, strict=True)]
+    return [replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
 
 
 def write_comparison(path: Path, encoders: Sequence[str], differences: Sequence[Difference]) -> None:
     """JSON: the encoders, the first being the reference, and a row a difference."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"reference": encoders[0], "encoders": list(encoders), "differences": [asdict(one) for one in differences]}
+    content = {
+        "reference": encoders[0],
+        "encoders": list(encoders),
+        "differences": [asdict(one) for one in differences],
+    }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def near_zero(one: Difference) -> bool:
-    """Whether the interval holds zero."""
-    return bool(np.sign(one.low) != np.sign(one.high) or one.low == 0 or one.high == 0)

@@ -199,6 +199,15 @@ def acting_pools(encoder: TextEncoder, *, pairs: bool) -> tuple[str, ...]:
     return acting
 
 
+def distinct_pools(found: dict[str, Vectors]) -> list[str]:
+    """Those whose features are not just another's before them: of single texts `eot` and `last` are one."""
+    kept: list[str] = []
+    for pool, vectors in found.items():
+        if not any(np.array_equal(vectors, found[other]) for other in kept):
+            kept.append(pool)
+    return kept
+
+
 def check_texts(first: Sequence[str], second: Sequence[str] | None = None) -> None:
     """Raises DataError for no texts, or two lists of different lengths."""
     if not first:
@@ -242,9 +251,7 @@ def joined(first: list[int], second: list[int] | None, room: int) -> tuple[list[
     return first[:a], second[:b], a < len(first) or b < len(second)
 
 
-def _distinct(
-    first: Sequence[str], second: Sequence[str] | None
-) -> tuple[list[tuple[str, str]], NDArray[np.int64]]:
+def _distinct(first: Sequence[str], second: Sequence[str] | None) -> tuple[list[tuple[str, str]], NDArray[np.int64]]:
     pairs = list(zip(first, first if second is None else second, strict=True))
     number: dict[tuple[str, str], int] = {}
     places = np.array([number.setdefault(pair, len(number)) for pair in pairs], dtype=np.int64)

@@ -34,9 +34,8 @@ def choose(wanted: Sequence[str], extra: Sequence[TextTask] = ()) -> Chosen:
     for name in wanted:
         if name not in known and name not in EMBEDDED:
             near = difflib.get_close_matches(name, [*known, *EMBEDDED], n=3, cutoff=0.4)
-            raise DataError(
-                f"no text task {name!r}" + (f"; nearest: {', '.join(near)}" if near else "") + f". All: {', '.join(known)}"
-            )
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise DataError(f"no text task {name!r}{hint}. All: {', '.join(known)}")
     chosen = [name for name in known if not wanted or name in wanted or name.split("/")[0] in wanted]
     return [(name.split("/")[0], others[name] if name in others else load_embedded(name.split("/")[1]))
             for name in chosen]  # fmt: skip

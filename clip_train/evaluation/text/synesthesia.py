@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from clip_train.evaluation import statistics
 from clip_train.evaluation.text import bag_of_words
-from clip_train.evaluation.text.encoder import OWN, TextEncoder, Vectors, acting_pools
+from clip_train.evaluation.text.encoder import OWN, TextEncoder, Vectors, acting_pools, distinct_pools
 from clip_train.evaluation.text.metrics import measure
 from clip_train.evaluation.text.results import TaskResult
 from clip_train.evaluation.text.tasks import Split, TextTask
@@ -38,7 +38,8 @@ def compare_task(encoder: TextEncoder, task: TextTask) -> list[TaskResult]:
     splits = [task.splits["dev"], task.splits["test"]]
     texts = [text for split in splits for text in (*split.first, *(split.second or []))]
     found = encoder.features(texts)
-    spaces = {"": {pool: found[pool] for pool in acting_pools(encoder, pairs=False)}}
+    acting = {pool: found[pool] for pool in acting_pools(encoder, pairs=False)}
+    spaces = {"": {pool: acting[pool] for pool in distinct_pools(acting)}}
     joint = joint_of(encoder, found[OWN], texts)
     if joint is not None:
         spaces["/joint"] = {JOINT: joint}

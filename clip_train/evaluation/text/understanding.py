@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from clip_train.errors import DataError
 from clip_train.evaluation.probe import fit_logistic
 from clip_train.evaluation.text import bag_of_words
-from clip_train.evaluation.text.encoder import TextEncoder, Vectors, acting_pools
+from clip_train.evaluation.text.encoder import TextEncoder, Vectors, acting_pools, distinct_pools
 from clip_train.evaluation.text.metrics import chance_of, measure
 from clip_train.evaluation.text.results import TaskResult
 from clip_train.evaluation.text.tasks import Split, TextTask
@@ -78,7 +78,8 @@ def read_together(encoder: TextEncoder, task: TextTask) -> Features:
     second = [text for split in task.splits.values() for text in split.second or []] if task.pairs else None
     found = encoder.features(first, second)
     ends = np.cumsum(sizes)[:-1]
-    return {pool: dict(zip(names, np.split(found[pool], ends), strict=True)) for pool in pools}
+    kept = distinct_pools({pool: found[pool] for pool in pools})
+    return {pool: dict(zip(names, np.split(found[pool], ends), strict=True)) for pool in kept}
 
 
 def read_apart(encoder: TextEncoder, task: TextTask) -> Features:
@@ -90,7 +91,7 @@ def read_apart(encoder: TextEncoder, task: TextTask) -> Features:
     found = encoder.features([*first, *second])
     ends = np.cumsum(sizes)[:-1]
     features: Features = {}
-    for pool in pools:
+    for pool in distinct_pools({pool: found[pool] for pool in pools}):
         u, v = found[pool][: len(first)], found[pool][len(first) :]
         both = np.concatenate([np.abs(u - v), u * v], axis=1)
         features[pool] = dict(zip(names, np.split(both, ends), strict=True))
