@@ -36,8 +36,12 @@ from clip_train.data.transforms import Augment, Preprocess
 from clip_train.errors import ConfigError
 from clip_train.models.adapters import TimmTower
 from clip_train.models.base import Tower
+from clip_train.models.bert import BertText
+from clip_train.models.modern import ModernText
 from clip_train.models.resnet import ModifiedResNet
+from clip_train.models.t5 import T5Text
 from clip_train.models.text import TextTransformer
+from clip_train.models.text_tower import TextTower
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer as VisionTransformerTower
 from clip_train.objectives.contrastive import InfoNCE
@@ -71,22 +75,10 @@ def build_model(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower:
 
     Raises ConfigError where choices contradict each other.
     """
-    text = recipe.text
     try:
         return TwoTower(
             image=build_image_tower(recipe),
-            text=TextTransformer(
-                vocab_size=tokenizer.vocab_size,
-                context_length=tokenizer.context_length,
-                width=text.width,
-                layers=text.layers,
-                heads=text.heads,
-                mlp_ratio=text.mlp_ratio,
-                attention=text.attention,
-                pool=text.pool,
-                activation=text.activation,
-                eot_id=tokenizer.eot,
-            ),
+            text=build_text_tower(recipe, tokenizer),
             embed_dim=recipe.model.embed_dim,
             init_temperature=recipe.model.init_temperature,
             init_logit_bias=recipe.loss.init_logit_bias if isinstance(recipe.loss, schema.Sigmoid) else None,
@@ -110,6 +102,27 @@ def build_image_tower(recipe: Recipe) -> Tower:
             return TimmTower(image.name, image.image_size, pretrained=image.pretrained, **image.arguments)
         case _:
             assert_never(image)
+
+
+def build_text_tower(recipe: Recipe, tokenizer: BPETokenizer) -> TextTower:
+    """The text tower of the recipe's kind. Raises ValueError where choices contradict each other."""
+    text = recipe.text
+    arguments: dict[str, Any] = text.model_dump(exclude={"kind"}) | {
+        "vocab_size": tokenizer.vocab_size,
+        "context_length": tokenizer.context_length,
+        "eot_id": tokenizer.eot,
+    }
+    match text:
+        case schema.TextTransformer():
+            return TextTransformer(**arguments, pad_id=tokenizer.pad)
+        case schema.BertText():
+            return BertText(**arguments)
+        case schema.T5Text():
+            return T5Text(**arguments)
+        case schema.ModernText():
+            return ModernText(**arguments)
+        case _:
+            assert_never(text)
 
 
 def build_objective(recipe: Recipe) -> InfoNCE | Sigmoid:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from clip_train.build import build_model, build_stages, build_tokenizer
 from clip_train.config.schema import Recipe, ResNet, VisionTransformer
 from clip_train.data.stages import Stage
+from clip_train.models.attention import SelfAttention
+from clip_train.models.base import Tower
 from clip_train.models.flops import forward_flops, parameter_count
 from clip_train.models.two_tower import TwoTower
 from clip_train.objectives.tiles import logit_bytes
@@ -94,7 +97,7 @@ def estimate(
         text_flops=flops.text,
         training_flops=training,
         state_bytes=parameters * (4 + 4 + moments + average + copies),
-        activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(recipe, tokens))),
+        activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(model.text, tokens))),
         loss_bytes=logit_bytes(recipe.loss.impl, share, batch, "cuda") + 4 * recipe.model.embed_dim * 4 * batch,
         samples_per_second=devices * peak_flops * mfu / training,
         samples=samples or (recipe.training.steps * batch if recipe.training.steps else None),
@@ -134,9 +137,18 @@ def _image_activations(recipe: Recipe) -> float:
     return 22.0 * 3 * image.image_size**2
 
 
-def _text_activations(recipe: Recipe, tokens: float) -> float:
-    text = recipe.text
-    return text.layers * _block_activations(tokens, text.width, text.heads, text.mlp_ratio)
+def _text_activations(tower: Tower, tokens: float) -> float:
+    """Values kept for backward of one caption: what goes into and comes out of each product, two residuals, and the
+    weights of the attention; of a ViT's blocks the same, by its recipe's sizes."""
+    values = 0.0
+    for block in tower.blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                values += tokens * (module.in_features + module.out_features)
+            if isinstance(module, SelfAttention):
+                values += module.heads * tokens**2
+        values += 2 * tokens * tower.width
+    return values
 
 
 def _block_activations(tokens: float, width: int, heads: int, mlp_ratio: float) -> float:

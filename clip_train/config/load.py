@@ -112,6 +112,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     parent = tree.pop("extends", None)
     _anchor_paths(tree, path.parent)
     if parent is None:
+        text = tree.setdefault("text", {})
+        if isinstance(text, dict):  # named, so that the same kind given above it is no change
+            cast(Tree, text).setdefault("kind", "transformer")
         return tree
     base = path.parent / str(parent)
     if not base.is_file():
@@ -220,6 +223,11 @@ def _explain(problem: dict[str, Any]) -> str:
         "vit",
         "resnet",
         "timm",
+        "transformer",
+        "bert",
+        "t5",
+        "modern",
+        "transformers",
         "zeroshot",
         "retrieval",
         "cosine",

@@ -8,14 +8,23 @@ take plain keyword arguments, and `clip_train.build` turns one into the other. T
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from clip_train.config.data import Augment, ColorJitter, Data, Preprocess, RandAugment, Source, Tokenizer
 from clip_train.config.evaluation import Classified, Evaluation, Knn, LinearProbe, Logging, Retrieval, Task, ZeroShot
 from clip_train.config.section import Section
-from clip_train.config.towers import Joint, ResNet, TextTransformer, Timm, VisionTransformer
+from clip_train.config.towers import (
+    BertText,
+    Joint,
+    ModernText,
+    ResNet,
+    T5Text,
+    TextTransformer,
+    Timm,
+    VisionTransformer,
+)
 from clip_train.config.training import (
     DDP,
     EMA,
@@ -42,6 +51,7 @@ __all__ = [
     "FSDP",
     "AdamW",
     "Augment",
+    "BertText",
     "CheckpointPolicy",
     "Classified",
     "ColorJitter",
@@ -59,6 +69,7 @@ __all__ = [
     "LinearProbe",
     "Lion",
     "Logging",
+    "ModernText",
     "Muon",
     "Preprocess",
     "RandAugment",
@@ -69,6 +80,7 @@ __all__ = [
     "Sigmoid",
     "Source",
     "Stage",
+    "T5Text",
     "Task",
     "TextTransformer",
     "Timm",
@@ -76,6 +88,17 @@ __all__ = [
     "Training",
     "VisionTransformer",
     "ZeroShot",
+]
+
+
+def _clips_kind(text: Any) -> Any:
+    """A `[text]` table that names no kind is of CLIP's."""
+    return {"kind": "transformer", **cast("dict[str, Any]", text)} if isinstance(text, dict) else text
+
+
+Text = Annotated[
+    Annotated[TextTransformer | BertText | T5Text | ModernText, Field(discriminator="kind")],
+    BeforeValidator(_clips_kind),
 ]
 
 
@@ -89,7 +112,7 @@ class Recipe(Section):
     preprocess: Preprocess = Preprocess()
     tokenizer: Tokenizer = Tokenizer()
     image: Annotated[VisionTransformer | ResNet | Timm, Field(discriminator="kind")]
-    text: TextTransformer = TextTransformer()
+    text: Text = TextTransformer()
     model: Joint = Joint()
     loss: Annotated[InfoNCE | Sigmoid, Field(discriminator="kind")] = InfoNCE()
     optimizer: Annotated[AdamW | Lamb | Lion | Muon, Field(discriminator="kind")]

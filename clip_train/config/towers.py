@@ -46,8 +46,13 @@ class Timm(Section):
     """Passed to `timm.create_model`."""
 
 
+Pool = Literal["eot", "last", "cls", "mean", "max", "map"]
+"""What stands for a text: the first EOT's vector, the last token's or the first's; the mean or maximum of all; or what
+a learned query attends to."""
+
+
 class TextTransformer(Section):
-    """The text tower: CLIP's causal transformer, or its bidirectional twin."""
+    """CLIP's causal transformer, its bidirectional twin, or SigLIP's."""
 
     kind: Literal["transformer"] = "transformer"
     width: PositiveInt = 512
@@ -55,8 +60,60 @@ class TextTransformer(Section):
     heads: PositiveInt = 8
     mlp_ratio: PositiveFloat = 4.0
     attention: Literal["causal", "bidirectional"] = "causal"
-    pool: Literal["eot", "last", "cls", "mean", "max", "map"] = "eot"
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    pool: Pool = "eot"
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    norm_eps: PositiveFloat = 1e-5
+    projection_bias: bool = False
+    """Whether the projection into the joint space has a bias."""
+    padding: Literal["masked", "attended"] = "masked"
+    """`attended`: texts are filled up to the cap and the padding takes part, as in SigLIP."""
+
+
+class BertText(Section):
+    """BERT's encoder for texts of one segment: post-norm, bidirectional."""
+
+    kind: Literal["bert"] = "bert"
+    width: PositiveInt = 512
+    layers: PositiveInt = 12
+    heads: PositiveInt = 8
+    mlp_ratio: PositiveFloat = 4.0
+    pool: Pool = "cls"
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    norm_eps: PositiveFloat = 1e-12
+
+
+class T5Text(Section):
+    """T5's encoder: relative positions, RMSNorm, no biases."""
+
+    kind: Literal["t5"] = "t5"
+    width: PositiveInt = 512
+    layers: PositiveInt = 12
+    heads: PositiveInt = 8
+    head_dim: PositiveInt | None = None
+    """Size of a head; default `width / heads`."""
+    hidden: PositiveInt | None = None
+    """Inner size of the MLPs; default 4 widths, 8/3 where they are gated."""
+    mlp: Literal["gated_gelu", "relu"] = "gated_gelu"
+    """That of T5 v1.1, or of the first T5."""
+    buckets: PositiveInt = 32
+    max_distance: PositiveInt = 128
+    pool: Pool = "mean"
+    norm_eps: PositiveFloat = 1e-6
+
+
+class ModernText(Section):
+    """Rotary positions, gated MLPs, RMSNorm, no biases."""
+
+    kind: Literal["modern"] = "modern"
+    width: PositiveInt = 512
+    layers: PositiveInt = 12
+    heads: PositiveInt = 8
+    mlp_ratio: PositiveFloat = 8 / 3
+    """Of the gated MLP: 8/3 gives it the parameters of a plain one of 4."""
+    attention: Literal["causal", "bidirectional"] = "causal"
+    pool: Pool = "eot"
+    rope_base: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-6
 
 
 class Joint(Section):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clip_train.export.parity import Peer
 from clip_train.loading import LoadedModel
-from clip_train.models.text import TextTransformer
+from clip_train.models.text_tower import TextTower
 from clip_train.models.two_tower import TwoTower
 
 EXAMPLE = Path(__file__).with_name("onnx_example.py")
@@ -47,7 +47,7 @@ class _Text(nn.Module):
 def write_onnx(loaded: LoadedModel, out: Path) -> None:
     """Write both graphs, `preprocess.json`, `tokenizer.json` and `example.py` into an existing folder."""
     model = copy.deepcopy(loaded.model).cpu().float().eval()
-    assert isinstance(model.text, TextTransformer)
+    assert isinstance(model.text, TextTower)
     model.text.packed = False  # a graph's shapes cannot follow lengths
     size, tokenizer = loaded.preprocess.size, loaded.tokenizer
     _trace(_Image(model), torch.zeros(2, 3, size, size), "pixel_values", {0: "batch"}, out / "image.onnx")

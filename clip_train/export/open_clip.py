@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from clip_train.config.schema import Recipe, ResNet, Sigmoid, Timm, VisionTransformer
 from clip_train.errors import ExportError
+from clip_train.export.clip_text import clips_text
 from clip_train.export.open_clip_keys import to_open_clip
 from clip_train.export.parity import Peer
 from clip_train.loading import LoadedModel
@@ -53,12 +54,7 @@ def model_config(recipe: Recipe, tokenizer: BPETokenizer) -> dict[str, Any]:
     Raises:
         ExportError: open_clip cannot express a tower.
     """
-    text, image = recipe.text, recipe.image
-    if text.attention != "causal" or text.pool != "eot":
-        raise ExportError(
-            f"open_clip's text tower is causal and pools at EOT; this one is {text.attention} with pool {text.pool!r}. "
-            "Export it to onnx"
-        )
+    text, image = clips_text(recipe, "open_clip"), recipe.image
     if getattr(image, "activation", text.activation) != text.activation:
         raise ExportError("open_clip has one activation for both towers, this model has two. Export it to onnx")
     return {

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from clip_train.config.schema import Preprocess, Recipe, ResNet, Sigmoid, Timm, VisionTransformer
 from clip_train.errors import ExportError
+from clip_train.export.clip_text import clips_text
 from clip_train.export.parity import Peer
 from clip_train.export.transformers_keys import to_transformers
 from clip_train.loading import LoadedModel
@@ -88,12 +89,7 @@ def text_config(loaded: LoadedModel) -> Any:
     """
     from transformers import CLIPTextConfig
 
-    text, tokenizer = loaded.recipe.text, loaded.tokenizer
-    if text.attention != "causal" or text.pool != "eot":
-        raise ExportError(
-            f"transformers' CLIP text model is causal and pools at EOT; this one is {text.attention} with pool "
-            f"{text.pool!r}. Export it to onnx"
-        )
+    text, tokenizer = clips_text(loaded.recipe, "transformers"), loaded.tokenizer
     return CLIPTextConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=text.width,

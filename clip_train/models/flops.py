@@ -15,15 +15,16 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_train.models.adapters import TimmTower
+from clip_train.models.attention import SelfAttention
 from clip_train.models.base import Tower
-from clip_train.models.layers import Block
 from clip_train.models.pooling import TOKEN_POOLS, AttentionPool
 from clip_train.models.resnet import Bottleneck, ModifiedResNet
-from clip_train.models.text import TextTransformer
+from clip_train.models.text_tower import TextTower
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer
 
@@ -82,22 +83,22 @@ def image_flops(
 
 def text_flops(tower: Tower, length: float, pooled_only: bool = False) -> float:
     """FLOPs of one caption of `length` tokens through a text tower, without the projection."""
-    if not isinstance(tower, TextTransformer):
+    if not isinstance(tower, TextTower):
         raise TypeError(f"no FLOP count for {type(tower).__name__}")
     flops = _blocks(tower, length, pooled_only and tower.pool in TOKEN_POOLS)
     return flops + _attention_pool(tower.attention_pool, length)
 
 
-def _blocks(tower: VisionTransformer | TextTransformer, tokens: float, one_read: bool) -> float:
+def _blocks(tower: VisionTransformer | TextTower, tokens: float, one_read: bool) -> float:
     flops = 0.0
     blocks = list(tower.blocks)
     for block in blocks:
-        assert isinstance(block, Block)
         read = 1 if one_read and block is blocks[-1] else tokens
-        linears = (block.attention.out, block.mlp.up, block.mlp.down)
-        flops += 2 * tokens * block.attention.qkv.weight.numel()
-        flops += 2 * read * sum(linear.weight.numel() for linear in linears)
-        flops += 4 * read * tokens * tower.width  # queries x keys, weights x values
+        attention = next(module for module in block.modules() if isinstance(module, SelfAttention))
+        products = sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+        flops += 2 * tokens * attention.qkv.weight.numel()
+        flops += 2 * read * (products - attention.qkv.weight.numel())
+        flops += 4 * read * tokens * attention.out.in_features  # queries x keys, weights x values
     return flops
 
 

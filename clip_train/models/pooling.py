@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from clip_train.models.layers import Activation, LayerNorm, Mlp, attention
+from clip_train.models.attention import attention
+from clip_train.models.layers import Activation, LayerNorm, Mlp
 
 TokenPool = Literal["eot", "last", "cls"]
 """One token stands for the text: the first EOT (CLIP), the last valid token, or token 0, where SOT stands."""

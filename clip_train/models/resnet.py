@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clip_train.models.attention import attention
 from clip_train.models.base import Tower, TowerOutput
-from clip_train.models.layers import attention
 
 
 class Bottleneck(nn.Module):

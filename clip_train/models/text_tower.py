@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from clip_train.models.attention import Layout
 from clip_train.models.base import Tower, TowerOutput
-from clip_train.models.layers import Activation, Layout, to_compute_dtype
+from clip_train.models.layers import Activation, to_compute_dtype
 from clip_train.models.packing import Packing
 from clip_train.models.pooling import POOLS, AttentionPool, Pool, pool_tokens, pooled_position
 
@@ -67,13 +68,16 @@ class TextTower(Tower):
             )
         self.vocab_size, self.context_length, self.width = vocab_size, context_length, width
         self.causal, self.pool, self.eot_id, self.packed = causal, pool, eot_id, packed
-        self.token_embedding = nn.Embedding(vocab_size, width)
 
     def make_attention_pool(
         self, heads: int, mlp_ratio: float = 4.0, activation: Activation = "gelu"
     ) -> AttentionPool | None:
         """The module behind `map`, where that is the pool."""
         return AttentionPool(self.width, heads, mlp_ratio, activation) if self.pool == "map" else None
+
+    def prepare(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What is encoded instead of `ids` `(B, L)` and `lengths` `(B,)`."""
+        return ids, lengths
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids and their positions, both `(T,)`, or `(B, L)` and `(L,)` -> `(T, W)` or `(B, L, W)`."""
@@ -112,7 +116,7 @@ class TextTower(Tower):
         Raises:
             ValueError: texts longer than `context_length`, or lengths out of range.
         """
-        lengths = self.checked_lengths(ids, lengths)
+        ids, lengths = self.prepare(ids, self.checked_lengths(ids, lengths))
         batch, length = ids.shape
         valid = torch.arange(length, device=ids.device) < lengths.to(ids.device, non_blocking=True)[:, None]
         packing = Packing.of(lengths, length, ids.device) if self.packed else None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clip_train.models.attention import Layout
 from clip_train.models.base import Tower, TowerOutput
-from clip_train.models.layers import Activation, Block, LayerNorm, Layout, init_blocks_
+from clip_train.models.layers import Activation, Block, LayerNorm, init_blocks_
 from clip_train.models.pooling import AttentionPool, mean_of_valid
 from clip_train.models.positions import resample_grid
 

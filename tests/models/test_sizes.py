@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from clip_train.models.attention import Layout
 from clip_train.models.flops import image_flops
-from clip_train.models.layers import Layout
 from clip_train.models.positions import resample_grid
 from clip_train.models.vision import VisionTransformer
 

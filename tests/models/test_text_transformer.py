@@ -148,7 +148,7 @@ def test_eot_is_the_first_of_several_and_last_the_last(attention: str, packed: b
             output.pooled.square().sum().backward()
             gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
             found.append({"pooled": output.pooled.detach(), **gradients})
-        assert_equal(found[1], found[0], 2e-6)
+        assert_equal(found[1], found[0], 4e-6)
 
 
 def test_a_text_without_eot_is_read_at_its_end() -> None:
@@ -188,7 +188,7 @@ def test_lengths_default_to_the_first_eot() -> None:
         ({"attention": "causal", "pool": "cls"}, "attention='causal' contradicts pool='cls'"),
         ({"attention": "sideways", "pool": "eot"}, "attention='sideways' is unknown"),
         ({"attention": "causal", "pool": "median"}, "pool='median' is unknown"),
-        ({"attention": "causal", "pool": "eot", "activation": "relu"}, "activation='relu' is unknown"),
+        ({"attention": "causal", "pool": "eot", "activation": "tanh"}, "activation='tanh' is unknown"),
     ],
 )
 def test_contradictions_are_refused(arguments: dict[str, str], message: str) -> None:

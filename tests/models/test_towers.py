@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from clip_train.models.adapters import TimmTower
+from clip_train.models.attention import attention
 from clip_train.models.base import Tower, TowerOutput
-from clip_train.models.layers import QuickGELU, attention
+from clip_train.models.layers import QuickGELU
 from clip_train.models.resnet import ModifiedResNet
 from clip_train.models.text import TextTransformer
 from clip_train.models.two_tower import TwoTower
