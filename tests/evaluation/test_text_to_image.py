@@ -23,6 +23,7 @@ from clip_train.evaluation.text_to_image import stages, train
 from clip_train.evaluation.text_to_image.baselines import BagOfWords, RandomFeatures
 from clip_train.evaluation.text_to_image.classifier import rank_scores, recall_at
 from clip_train.evaluation.text_to_image.codebook import Codebook
+from clip_train.evaluation.text_to_image.colours import ASKED, CAPTIONS, WANTED, dominant_colour, named_colour
 from clip_train.evaluation.text_to_image.generator import ABOUT, WEIGHTS, Generator, load_generator
 from clip_train.evaluation.text_to_image.grid import picture_grid
 from clip_train.evaluation.text_to_image.model import PictureModel, WordPrefix
@@ -193,6 +194,20 @@ def test_ridge_is_scikit_learns() -> None:
     assert prefix(held).numpy() == pytest.approx(peer.predict(w), abs=1e-4)
 
 
+def test_the_colour_of_most_pixels_that_are_not_white() -> None:
+    paints = {"red": (221, 46, 68), "yellow": (255, 204, 77), "green": (119, 178, 85), "blue": (85, 172, 238),
+              "purple": (170, 142, 214), "black": (41, 47, 51)}  # fmt: skip
+    pictures = torch.full((len(paints) + 1, 3, 10, 10), 250, dtype=torch.uint8)
+    for row, paint in enumerate(paints.values()):
+        pictures[row, :, 2:6, 2:6] = torch.tensor(paint, dtype=torch.uint8)[:, None, None]
+        pictures[row, :, 8, 2:6] = 128  # fewer, and grey
+    found = dominant_colour(pictures).tolist()
+    assert found[:-1] == [ASKED.index(name) for name in paints]
+    assert found[-1] >= len(ASKED), "an empty picture has none"
+    assert [named_colour(name) for name in ("Red apple", "a red and blue flag", "redden")] == [0, None, None]
+    assert all(text.split()[0] == ASKED[place] for text, place in zip(CAPTIONS, WANTED.tolist(), strict=True))
+
+
 def test_what_knows_colours_beats_what_knows_nothing(generator: Generator, tmp_path: Path) -> None:
     before = state_of(generator)
     knows = {one.name: one for one in exp3(ColourEncoder(), generator, budget="small", grid=tmp_path / "g.png")}
@@ -202,6 +217,7 @@ def test_what_knows_colours_beats_what_knows_nothing(generator: Generator, tmp_p
         assert better["exp3/nll"].value < random["exp3/nll"].value - 0.1
         assert better["exp3/caption"].value > random["exp3/caption"].value + 0.1
         assert better["exp3/concept"].value > random["exp3/concept"].value + 0.1
+        assert better["exp3/colour"].value > random["exp3/colour"].value + 0.1
     assert knows["exp3/nll"].pool == "mean", "the pool that says nothing is not chosen"
     assert knows["exp3/gain"].items[""] == pytest.approx(
         generator.unconditional.numpy() - knows["exp3/nll"].items[""], abs=1e-6

@@ -61,7 +61,12 @@ def run_train(args: argparse.Namespace) -> int:
         console=console,
     )
     figures, seconds = generator.about["figures"], generator.about["seconds"]
-    for name, unit in (("bits", "bits a code"), ("concept", "rank score"), ("recall", "recall at 10")):
+    for name, unit in (
+        ("bits", "bits a code"),
+        ("concept", "rank score"),
+        ("recall", "recall at 10"),
+        ("colour", "right colour"),
+    ):
         console.print(f"{unit}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures[name].items()))
     console.print(
         f"{args.out}: generator {generator.fingerprint}, {seconds['wall']:.0f} s ({seconds['cpu']:.0f} s of processor)",

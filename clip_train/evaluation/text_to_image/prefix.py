@@ -71,7 +71,7 @@ def fit_prefix(
     *,
     steps: int = 60,
     batch: int = 64,
-    lr: float = 3e-4,
+    lr: float = 1e-4,
     seed: int = 0,
 ) -> Fit:
     """Fit the map of an encoder.

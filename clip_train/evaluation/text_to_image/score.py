@@ -19,6 +19,7 @@ from torch import Tensor
 from clip_train.errors import DataError
 from clip_train.evaluation.text.results import TaskResult
 from clip_train.evaluation.text_to_image.classifier import rank_scores, recall_at, targets_of
+from clip_train.evaluation.text_to_image.colours import ASKED, CAPTIONS, colour_scores
 from clip_train.evaluation.text_to_image.generator import Generator, Part
 from clip_train.evaluation.text_to_image.grid import picture_grid
 from clip_train.evaluation.text_to_image.pictures import share
@@ -32,10 +33,10 @@ GRID = (
 OF_EACH = 3
 """Pictures of a caption in the grid."""
 BUDGETS = {
-    "full": {"texts": 4000, "dev": 256, "test": 900, "judged": 480, "steps": 60},
-    "small": {"texts": 1500, "dev": 96, "test": 250, "judged": 120, "steps": 20},
+    "full": {"texts": 4000, "dev": 256, "test": 900, "judged": 480, "steps": 60, "of_each": 2},
+    "small": {"texts": 1500, "dev": 96, "test": 250, "judged": 120, "steps": 20, "of_each": 1},
 }
-"""Pictures that the map is fitted to, chosen on and measured on, and steps of its fit."""
+"""Pictures that the map is fitted to, chosen on and measured on, steps of its fit, pictures of a colour caption."""
 
 
 class Encoder(Protocol):
@@ -58,8 +59,8 @@ def exp3(
     Returns:
         exp3/nll (bits a code, less is better), exp3/gain (bits that the caption saves), exp3/caption (bits that the
         right caption saves against another's), exp3/concept (rank score of the judge), exp3/recall (at 10), each also
-        of test names that the generator's training held (`_seen`) and did not (`_held`). `exp3/nll` also holds the
-        codes of the grid, as `exp3/nll:grid`.
+        of test names that the generator's training held (`_seen`) and did not (`_held`); exp3/colour (of `CAPTIONS`).
+        `exp3/nll` also holds the codes of the grid, as `exp3/nll:grid`.
 
     Raises:
         DataError: a budget that does not exist; features that say nothing.
@@ -70,16 +71,18 @@ def exp3(
     train, dev = _some(generator.train, sizes["texts"]), _some(generator.dev, sizes["dev"])
     rows = _rows(generator.test, sizes["test"])
     test, free = generator.test.where(rows), generator.unconditional[rows]
-    found = encoder.features([*train.texts, *dev.texts, *test.texts, *GRID])
-    cuts = np.cumsum([len(train), len(dev), len(test)])
+    found = encoder.features([*train.texts, *dev.texts, *test.texts, *GRID, *CAPTIONS])
+    cuts = np.cumsum([len(train), len(dev), len(test), len(GRID)])
     parts = {pool: np.split(vectors.astype(np.float32), cuts) for pool, vectors in found.items()}
     fit = fit_prefix(
         generator, train, dev, {pool: (one[0], one[1]) for pool, one in parts.items()}, steps=sizes["steps"], seed=seed
     )
-    offset, grid_offset = fit.prefix(parts[fit.pool][2]), fit.prefix(parts[fit.pool][3])
+    offset, grid_offset, colours = (fit.prefix(part) for part in parts[fit.pool][2:])
     right = generator.model.bits_of(test.codes, offset)
     other = generator.model.bits_of(test.codes, offset[torch.tensor(others(test.texts))])
     judged, concept, recall = judge(generator, test, offset, sizes["judged"], seed)
+    painted = _sample(generator, colours.repeat_interleave(sizes["of_each"], 0), seed)
+    right_colour = colour_scores(generator.codebook.decode(painted), sizes["of_each"]).numpy()
     codes = draw_grid(generator, grid_offset, encoder.name, grid, seed)
     seconds = time.perf_counter() - started
 
@@ -97,6 +100,7 @@ def exp3(
             if mask.any():
                 expected = 0.0 if chance is None else float(chance[mask].mean())
                 results.append(_result(f"exp3/{name}{suffix}", metric, items[mask], expected, fit, seconds))
+    results.append(_result("exp3/colour", "accuracy", right_colour, 1 / len(ASKED), fit, seconds))
     results[0].items[":grid"] = codes.numpy()
     results[0].more.update(_about(generator, fit, budget))
     return results

@@ -21,6 +21,7 @@ from torch import Tensor
 from clip_train.errors import DataError
 from clip_train.evaluation.text_to_image.classifier import attributes_of, rank_scores, recall_at, targets_of
 from clip_train.evaluation.text_to_image.codebook import Codebook
+from clip_train.evaluation.text_to_image.colours import CAPTIONS, colour_scores, dominant_colour, named_colour
 from clip_train.evaluation.text_to_image.fitting import train_classifier, train_codebook, train_model
 from clip_train.evaluation.text_to_image.generator import Generator, Part, build, save_generator
 from clip_train.evaluation.text_to_image.model import words_of
@@ -96,7 +97,7 @@ def train_generator(
         model.eval().bits_of(tests.codes),
         about,
     ).freeze_()
-    about["figures"] = bounds(generator, torch.cat([one.images for _, one in asked]))
+    about["figures"] = bounds(generator, torch.cat([one.images for _, one in asked]), learned)
     about["seconds"] = {"wall": round(time.perf_counter() - started, 1), "cpu": round(time.process_time() - cpu, 1)}
     fingerprint = save_generator(generator, out)
     stages.clear()
@@ -141,9 +142,13 @@ def vocabulary_of(captions: list[list[str]], least: int = 2) -> list[str]:
     return [word for word, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if n >= least]
 
 
-def bounds(generator: Generator, images: Tensor) -> dict[str, Any]:
+def bounds(generator: Generator, images: Tensor, learned: Pictures) -> dict[str, Any]:
     """What the scores can be: of real test pictures, through the codebook, of samples without a caption, and of samples
     with the neutral conditioning that the generator was trained with (no bound, but a mark).
+
+    Args:
+        images: of the test pictures.
+        learned: the training pictures; those whose name holds a colour bound `exp3/colour`.
     """
     test, settings = generator.test, generator.about["settings"]
     offset = generator.words(generator.words.bags(test.texts))
@@ -161,8 +166,29 @@ def bounds(generator: Generator, images: Tensor) -> dict[str, Any]:
         "pictures_judged": len(rows),
         "concept": {name: float(rank_scores(one, targets[rows]).mean()) for name, one in evidence.items()},
         "recall": {name: float(recall_at(one, targets[rows]).mean()) for name, one in evidence.items()},
+        "colour": colour_bounds(generator, learned),
         "bits": {"unconditional": float(generator.unconditional.mean()),
                  "neutral": float(generator.model.bits_of(test.codes, offset).mean()),
                  "uniform": math.log2(settings["codes"])},
         "codebook_error": float((shown["codebook"].float() - shown["real"].float()).square().mean().sqrt()),
     }  # fmt: skip
+
+
+def colour_bounds(generator: Generator, learned: Pictures) -> dict[str, float]:
+    """As `bounds`, of the dominant colour; real pictures are those whose name holds exactly one of the colours."""
+    settings, words = generator.about["settings"], generator.words
+    how = {"guidance": settings["guidance"], "temperature": settings["temperature"]}
+    named = [named_colour(captions[0]) for captions in learned.captions]
+    rows = [row for row, colour in enumerate(named) if colour is not None]
+    found: dict[str, float] = {}
+    if rows:
+        wanted = torch.tensor([named[row] for row in rows])
+        for name, shown in (
+            ("real", learned.images[rows]),
+            ("codebook", generator.codebook.decode(generator.train.codes[rows])),
+        ):
+            found[name] = float((dominant_colour(shown) == wanted).float().mean())
+    for name, offset in (("unconditional", None), ("neutral", words(words.bags(CAPTIONS)))):
+        shown = generator.codebook.decode(generator.model.sample(offset, len(CAPTIONS), **how))
+        found[name] = float(colour_scores(shown, 1).mean())
+    return found
