@@ -158,6 +158,10 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--schema", action="store_true", help="JSON schema, for editors")
     recipe.set_defaults(run=run_recipe)
 
+    from clip_train.ablation.commands import add_command as add_ablate_command
+
+    add_ablate_command(commands)
+
     from tokenizer.commands import add_commands as add_tokenizer_commands
 
     tokenizer = commands.add_parser("tokenizer", help="train, encode, inspect")

@@ -71,7 +71,7 @@ DARK = Theme(
 def png(figure: Figure, theme: Theme, colours: int | None = 128) -> bytes:
     """The figure as a PNG on the theme's paper, with a palette of `colours` (None for pictures)."""
     out = io.BytesIO()
-    with _style(theme), warnings.catch_warnings():
+    with styled(theme), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # captions may hold letters that no installed font has
         figure.savefig(out, format="png", dpi=DPI, facecolor=theme.paper)
     if colours is None:
@@ -101,7 +101,7 @@ def panels(items: Sequence[Panel], theme: Theme, columns: int = 3) -> Figure:
     """Small charts in a grid, all over steps."""
     columns = max(2, min(columns, len(items)))
     rows = -(-len(items) // columns)
-    with _style(theme):
+    with styled(theme):
         figure = Figure(figsize=(9.8, (2.15 if columns > 2 else 2.6) * rows), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr]
         for i, panel in enumerate(items):
@@ -159,7 +159,7 @@ class Bar:
 def bars(groups: Mapping[str, Sequence[Bar]], theme: Theme) -> Figure:
     """Horizontal bars from 0 to 100 %, chance as a grey tick, and in words how far above it the model is."""
     count = sum(len(group) for group in groups.values()) + 1.1 * len(groups)
-    with _style(theme):
+    with styled(theme):
         figure = Figure(figsize=(9.8, 0.27 * count + 0.45), layout="constrained")
         axes = figure.add_subplot()
         y = 0.0
@@ -206,7 +206,7 @@ def sheet(
     left, top, edge = (2.5 if any(words for words, _ in rows) else 0.15), 0.8, 0.15
     across, down = size + 0.2, size + (0.22 + 0.15 * under if under else 0.16)
     width, height = left + wide * across - 0.2 + edge, top + len(rows) * down
-    with _style(theme):
+    with styled(theme):
         figure = Figure(figsize=(width, height))
         # One set of axes in inches, y downwards: a hundred sets of their own would take seconds.
         axes = figure.add_axes((0, 0, 1, 1))
@@ -284,7 +284,7 @@ def _fonts() -> list[str]:
     return [name for name in ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans") if name in there]
 
 
-def _style(theme: Theme) -> Any:
+def styled(theme: Theme) -> Any:
     return mpl.rc_context(
         {
             "font.family": "sans-serif",

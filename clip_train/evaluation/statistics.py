@@ -92,15 +92,15 @@ def paired_bootstrap(
 
     def differences(weights: Floats) -> Floats:  # (R, N) -> (R, S)
         return np.stack(
-            [_statistic(kind, a[s], y, weights) - _statistic(kind, b[s], y, weights) for s in range(seeds)], axis=1
+            [statistic(kind, a[s], y, weights) - statistic(kind, b[s], y, weights) for s in range(seeds)], axis=1
         )
 
     rng = np.random.default_rng(seed)
-    each = _in_parts(lambda r: differences(_draws(rng, count, r)), resamples, count)
+    each = _in_parts(lambda r: differences(draws(rng, count, r)), resamples, count)
     if seeds > 1:
         middle = each.mean(axis=1, keepdims=True)
         each = middle + math.sqrt(seeds / (seeds - 1)) * (each - middle)
-    drawn = (each * _draws(rng, seeds, resamples)).mean(axis=1) if seeds > 1 else each[:, 0]
+    drawn = (each * draws(rng, seeds, resamples)).mean(axis=1) if seeds > 1 else each[:, 0]
     estimate = float(differences(np.ones((1, count))).mean())
     low, high = (1 - level) / 2, (1 + level) / 2
     if method == "bca":
@@ -151,7 +151,7 @@ def auc(scores: Values, labels: Values) -> float:
     """
     x, y = _column(scores, "scores"), _column(labels, "labels")
     two_classes(y)
-    return float(_statistic("auc", x, y, np.ones((1, len(x))))[0])
+    return float(statistic("auc", x, y, np.ones((1, len(x))))[0])
 
 
 def point_biserial(scores: Values, labels: Values) -> Correlation:
@@ -202,7 +202,7 @@ def two_classes(labels: Floats) -> None:
         raise DataError(f"labels must be 0 and 1, and both must occur: found {found[:5].tolist()}")
 
 
-def _statistic(kind: Kind, scores: Floats, labels: Floats | None, weights: Floats) -> Floats:
+def statistic(kind: Kind, scores: Floats, labels: Floats | None, weights: Floats) -> Floats:
     """`scores (N,)`, `labels (N,)`, how often each item was drawn `weights (R, N)` -> `(R,)`."""
     if kind == "mean":
         return weights @ scores / weights.sum(axis=1)
@@ -239,7 +239,7 @@ def _weighted_correlation(x: Floats, y: Floats, weights: Floats) -> Floats:
     return np.divide(np.sum(share * x * y, axis=1), scale, out=np.zeros(len(weights)), where=scale > 1e-12)
 
 
-def _draws(rng: np.random.Generator, count: int, resamples: int) -> Floats:
+def draws(rng: np.random.Generator, count: int, resamples: int) -> Floats:
     """How often each of `count` was drawn in `count` draws with replacement, `(R, count)`."""
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
 

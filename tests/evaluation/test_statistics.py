@@ -39,8 +39,8 @@ def test_resamples_are_those_of_a_plain_loop(kind: str, rng: np.random.Generator
     count = 80
     labels = rng.integers(0, 2, count).astype(float) if kind == "auc" else np.round(rng.normal(size=count), 1)
     scores = np.round(labels + rng.normal(size=count), 1)  # rounded: ties
-    weights = ours._draws(rng, count, 20)
-    found = ours._statistic(kind, scores, labels, weights)  # type: ignore[arg-type]
+    weights = ours.draws(rng, count, 20)
+    found = ours.statistic(kind, scores, labels, weights)  # type: ignore[arg-type]
     reference = {
         "auc": lambda x, y: roc_auc_score(y, x),
         "pearson": lambda x, y: stats.pearsonr(x, y).statistic,

@@ -1,0 +1,348 @@
+"""`GRID.toml`: what is varied, how often and on what budget, and its expansion into cells, one recipe each.
+
+    name = "text-tower"
+    recipe = "base.toml"                        # what all cells share; beside the grid, or the name of a shipped one
+    seeds = [0, 1, 2]
+    generator = "small"                         # size of the picture generator of experiment 3, trained once
+    probes = ["text"]                           # suites of `clip-train probe` that every cell goes through
+    headline = ["zeroshot/unseen_style/top1", "exp1"]     # figures that are tested; "exp1" is the mean of exp1/…
+    exclude = [{ mask = "causal", pool = "cls" }]
+
+    [vocabulary]                                # learned once, before the first cell; without it the recipe's holds
+    captions = "embedded:pictograms/train-*.tar"
+    size = 8192
+
+    [axes.mask]                                 # every axis: named levels, each a list of overrides
+    causal = ["text.attention=causal"]
+    bidirectional = ["text.attention=bidirectional"]
+
+    [arms.mlm]                                  # beside the product
+    levels = { mask = "bidirectional" }         # overrides of axes that it shares
+    set = ["loss.kind=mlm", "image=none", "model=none", "evaluation.tasks=none"]
+
+    [arms.mlm-init]
+    after = "mlm"                               # runs behind the arm `mlm` of its seed, whose folder is {previous}
+    set = ["training.init_text={previous}"]
+
+    [comparisons.mask]                          # differences that are tested: cells first - cells second
+    question = "Does a token gain from what follows it?"
+    first = ["bidirectional-eot"]
+    second = ["causal-eot"]
+    expect = { exp1 = "first" }                 # what is known from elsewhere, to be reproduced or refuted
+
+    [budgets.small]
+    set = ["training.steps=60"]                 # over the axes, below what an arm sets
+    seeds = [0]
+    cells = ["causal-*", "mlm"]                 # of all cells; what they come after is added
+
+A cell of the product is called by its levels, `causal-eot`; an arm by its own name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from clip_train.config import Recipe, load_recipe
+from clip_train.config.section import Section
+from clip_train.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+PREVIOUS = "{previous}"
+
+
+class Vocabulary(Section):
+    """Learned from captions before the first cell, the same for all."""
+
+    captions: str | list[str]
+    """Shards or caption files."""
+    size: PositiveInt
+    """Ids in all."""
+
+
+class Arm(Section):
+    """A cell outside the product of the axes."""
+
+    levels: dict[str, str] = {}
+    """Levels of axes whose overrides it takes."""
+    set: list[str] = []
+    """Overrides of its own, over everything else."""
+    after: str | None = None
+    """The cell that runs before it; `{previous}` in `set` is the folder of its run of the same seed."""
+
+
+class Comparison(Section):
+    """A difference that is tested: the mean over the cells `first` less that over `second`, in pairs."""
+
+    question: str
+    first: Annotated[list[str], Field(min_length=1)]
+    second: Annotated[list[str], Field(min_length=1)]
+    expect: dict[str, Literal["first", "second"]] = {}
+    """For headline figures: which side is ahead as far as is known."""
+
+
+class Budget(Section):
+    """How much of the grid is run, and how long."""
+
+    set: list[str] = []
+    """Overrides for every cell, below an arm's own."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    generator: Literal["full", "small"] | None = None
+    """In place of the grid's."""
+    cells: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names or patterns (`causal-*`); all where it is not given."""
+
+
+class GridFile(Section):
+    """A grid as it is written."""
+
+    name: Name
+    description: str = ""
+    recipe: str
+    """A file beside the grid, or the name of a shipped recipe."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    probes: list[Literal["text"]] = []
+    """Suites of `clip-train probe` for every cell."""
+    generator: Literal["full", "small"] | None = None
+    """Size of the picture generator for experiment 3, trained once before the first cell; none leaves it out."""
+    headline: list[str] = []
+    """Figures that are tested, best few: names as in the table, or `exp1` for the mean over all `exp1/…`."""
+    vocabulary: Vocabulary | None = None
+    axes: dict[Name, dict[Name, list[str]]] = {}
+    exclude: list[dict[str, str]] = []
+    """Combinations of levels that are left out."""
+    arms: dict[Name, Arm] = {}
+    comparisons: dict[Name, Comparison] = {}
+    budgets: dict[Name, Budget] = {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a recipe with a seed, and where it stands in the grid."""
+
+    name: str
+    seed: int
+    levels: dict[str, str]
+    recipe: Recipe
+    key: str
+    """Hash of what decides its numbers: equal cells are run once."""
+    after: str | None = None
+    """The cell, by `id`, that runs before it."""
+    same_as: str | None = None
+    """An earlier cell, by `id`, of the same hash, which stands for this one."""
+
+    @property
+    def id(self) -> str:
+        """`causal-eot-seed0`: its folder's name."""
+        return f"{self.name}-seed{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        assert self.recipe.training.steps is not None, "`expand` has refused epochs"
+        return self.recipe.training.steps
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid on a budget: what is run."""
+
+    file: GridFile
+    budget: str | None
+    out: Path
+    cells: list[Cell]
+    generator: str | None = None
+    """Size of the generator of experiment 3, which is kept in `out`/generator."""
+
+    def folder(self, cell: Cell | str) -> Path:
+        """Where a cell runs: its own folder, or that of the equal cell that stands for it."""
+        found = self.cell(cell) if isinstance(cell, str) else cell
+        return self.out / "cells" / (found.same_as or found.id)
+
+    def cell(self, identifier: str) -> Cell:
+        return next(cell for cell in self.cells if cell.id == identifier)
+
+    @property
+    def runs(self) -> list[Cell]:
+        """Without those for which an equal one stands, each behind the one it comes after."""
+        return [cell for cell in self.cells if cell.same_as is None]
+
+    @property
+    def vocabulary(self) -> Path | None:
+        """Where the grid's own vocabulary is kept."""
+        return None if self.file.vocabulary is None else self.out / "vocabulary.json"
+
+
+def load_grid(path: Path, out: Path, budget: str | None = None) -> Grid:
+    """Read a grid file and expand it on a budget.
+
+    Raises ConfigError for broken TOML, unknown keys, axes, levels, cells or budgets (the nearest ones are named), a
+    chain that goes in a circle, and every recipe that cannot be.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no grid {path}: give a TOML file, as configs/ablations/text-tower.toml") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        file = GridFile.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+    return expand(file, path, out, budget)
+
+
+def expand(file: GridFile, path: Path, out: Path, budget: str | None = None) -> Grid:
+    """All cells of a grid on a budget, each recipe resolved. Raises ConfigError as `load_grid` does."""
+    where = str(path)
+    out = out.resolve()
+    if budget is not None and budget not in file.budgets:
+        raise ConfigError(f"{where}: no budget {budget!r}.{_nearest(budget, file.budgets, 'Budgets')}")
+    if file.generator is not None and not file.probes:
+        raise ConfigError(f"{where}: generator = {file.generator!r} is for probes = ['text'], and there are no probes")
+    chosen = file.budgets[budget] if budget is not None else Budget()
+    plans = _plans(file, where)
+    names = _chosen(chosen.cells, plans, where) if chosen.cells is not None else list(plans)
+    for side in file.comparisons.values():
+        _check_comparison(side, plans, where)
+    base = path.parent / file.recipe
+    grid = Grid(file, budget, out, [], chosen.generator or file.generator)
+    first_of: dict[str, str] = {}
+    for seed in chosen.seeds or file.seeds:
+        done: dict[str, Cell] = {}
+        for name in _in_order(names, plans, where):
+            plan = plans[name]
+            before = done[plan.after] if plan.after is not None else None
+            overrides = [*plan.axes, *chosen.set, *plan.set, f"name={name}", f"training.seed={seed}"]
+            if before is not None:
+                overrides = [one.replace(PREVIOUS, str(grid.folder(before))) for one in overrides]
+            if grid.vocabulary is not None:
+                overrides.append(f"tokenizer.path={grid.vocabulary}")
+            try:
+                recipe = load_recipe(base if base.is_file() else file.recipe, overrides)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: cell {name!r}: {error}") from None
+            if recipe.training.steps is None:
+                raise ConfigError(f"{where}: cell {name!r}: give training.steps: cells are compared at equal steps")
+            key = _key(recipe, grid, before)
+            after = None if before is None else before.same_as or before.id
+            cell = Cell(name, seed, plan.levels, recipe, key, after, first_of.get(key))
+            first_of.setdefault(key, cell.id)
+            done[name] = cell
+            grid.cells.append(cell)
+    return grid
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A cell without its seed."""
+
+    levels: dict[str, str]
+    axes: list[str]
+    set: list[str]
+    after: str | None
+
+
+def _plans(file: GridFile, where: str) -> dict[str, _Plan]:
+    for levels in [*file.exclude, *(arm.levels for arm in file.arms.values())]:
+        for axis, level in levels.items():
+            if axis not in file.axes:
+                raise ConfigError(f"{where}: unknown axis {axis!r}.{_nearest(axis, file.axes, 'Axes')}")
+            if level not in file.axes[axis]:
+                raise ConfigError(f"{where}: axis {axis!r} has no level {level!r}.{_nearest(level, file.axes[axis])}")
+    plans: dict[str, _Plan] = {}
+    for combination in product(*file.axes.values()) if file.axes else []:
+        levels = dict(zip(file.axes, combination, strict=True))
+        if not any(levels.items() >= left_out.items() for left_out in file.exclude):
+            plans["-".join(combination)] = _Plan(levels, _overrides(file, levels), [], None)
+    for name, arm in file.arms.items():
+        if name in plans:
+            raise ConfigError(f"{where}: the arm {name!r} is called as a combination of levels: give it another name")
+        if arm.after is None and any(PREVIOUS in one for one in arm.set):
+            raise ConfigError(f"{where}: arms.{name}.set speaks of {PREVIOUS}, but has no `after` that says which")
+        plans[name] = _Plan(arm.levels, _overrides(file, arm.levels), arm.set, arm.after)
+    if not plans:
+        raise ConfigError(f"{where}: has no cell: give [axes.NAME] with levels, or [arms.NAME]")
+    for name, plan in plans.items():
+        if plan.after is not None and plan.after not in plans:
+            raise ConfigError(f"{where}: arms.{name}.after: no cell {plan.after!r}.{_nearest(plan.after, plans)}")
+    return plans
+
+
+def _overrides(file: GridFile, levels: dict[str, str]) -> list[str]:
+    return [override for axis, level in levels.items() for override in file.axes[axis][level]]
+
+
+def _chosen(patterns: Sequence[str], plans: dict[str, _Plan], where: str) -> list[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in plans):
+            raise ConfigError(f"{where}: no cell {pattern!r}.{_nearest(pattern, plans)}")
+    return [name for name in plans if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _in_order(names: Sequence[str], plans: dict[str, _Plan], where: str) -> list[str]:
+    """Those cells and what they come after, which goes first."""
+    ordered: dict[str, None] = {}
+
+    def add(name: str, chain: tuple[str, ...]) -> None:
+        if name in chain:
+            raise ConfigError(f"{where}: `after` goes in a circle: {' → '.join([*chain, name])}")
+        before = plans[name].after
+        if before is not None:
+            add(before, (*chain, name))
+        ordered[name] = None
+
+    for name in names:
+        add(name, ())
+    return list(ordered)
+
+
+def _check_comparison(comparison: Comparison, plans: dict[str, _Plan], where: str) -> None:
+    for name in [*comparison.first, *comparison.second]:
+        if name not in plans:
+            raise ConfigError(f"{where}: comparisons: no cell {name!r}.{_nearest(name, plans)}")
+    if len(comparison.first) != len(comparison.second):
+        raise ConfigError(
+            f"{where}: the comparison {comparison.question!r} pairs {len(comparison.first)} cells with "
+            f"{len(comparison.second)}: give as many of both"
+        )
+
+
+def _key(recipe: Recipe, grid: Grid, before: Cell | None) -> str:
+    """Hash of a recipe without its name, and without where things lie."""
+    text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "description"}), sort_keys=True)
+    if grid.file.vocabulary is not None:
+        text = text.replace(json.dumps(str(grid.vocabulary)), grid.file.vocabulary.model_dump_json())
+    if before is not None:
+        text = text.replace(json.dumps(str(grid.folder(before)))[1:-1], before.key)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _nearest(name: str, valid: Iterable[str], what: str = "") -> str:
+    names = list(valid)
+    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if found:
+        return f" Did you mean {' or '.join(found)}?"
+    return f" {what or 'There are'}: {', '.join(names) or 'none'}."
+
+
+def _explain(problem: object) -> str:
+    assert isinstance(problem, dict)
+    loc = [str(part) for part in problem["loc"]]
+    key = ".".join(loc)
+    if problem["type"] != "extra_forbidden":
+        return f"missing key {key!r}" if problem["type"] == "missing" else f"{key!r}: {problem['msg']}"
+    tables: dict[str, type[BaseModel]] = {
+        "arms": Arm, "budgets": Budget, "comparisons": Comparison, "vocabulary": Vocabulary,
+    }  # fmt: skip
+    fields = (tables[loc[0]] if len(loc) > 1 and loc[0] in tables else GridFile).model_fields
+    return f"unknown key {key!r}.{_nearest(loc[-1], fields, 'Keys')}"

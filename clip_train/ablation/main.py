@@ -1,0 +1,175 @@
+"""`clip-train ablate GRID.toml`: check everything, learn the vocabulary, show the plan, run what is missing, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from clip_train.ablation import cells as folders
+from clip_train.ablation import plan
+from clip_train.ablation.cells import Lock
+from clip_train.ablation.grid import Cell, Grid, Vocabulary, load_grid
+from clip_train.ablation.report import write_report
+from clip_train.ablation.run import CLIP_TRAIN, run_cells
+from clip_train.ablation.table import write_table
+from clip_train.build import build_model, build_tokenizer
+from clip_train.config.load import set_values
+from clip_train.data.shards import resolve
+from clip_train.errors import ConfigError, UserError
+from tokenizer.commands import train_from_files
+
+
+def ablate(
+    path: Path,
+    out: Path | None,
+    *,
+    budget: str | None,
+    jobs: int,
+    share: str | None,
+    plan_only: bool,
+    report_only: bool,
+    console: Console,
+    program: Sequence[str] = CLIP_TRAIN,
+) -> int:
+    """Returns the exit code: 0, 1 where cells failed, 128 + a signal that cut it.
+
+    Raises UserError, before anything is trained, for a grid, a recipe or a share that cannot be, and for folders of
+    another grid.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least 1")
+    grid = load_grid(path, out or Path("runs") / "-".join([path.stem, *([budget] if budget else [])]), budget)
+    mine = part_of(grid.runs, share)
+    if not report_only:
+        check(grid)
+        learn_vocabulary(grid, console)
+        make_generator(grid, console, program)
+        if plan_only:
+            threads = max(1, (os.cpu_count() or 1) // jobs)
+            plan.measure(grid, program, threads, console)
+        plan.show(grid, mine, jobs, console)
+        if plan_only:
+            return 0
+        outcome = run_cells(grid, mine, jobs=jobs, console=console, program=program)
+        for name, why in outcome.failed.items():
+            console.print(f"[bold red]failed[/] {name}: {why}", soft_wrap=True)
+        if outcome.signal is not None:
+            return outcome.code
+        code = outcome.code
+    else:
+        code = 0
+    missing = [cell.id for cell in grid.runs if not folders.is_finished(grid, cell)]
+    if missing and share is not None and not report_only:
+        console.print(f"{len(missing)} runs of other shares are missing: the last share writes table and report")
+        return code
+    table = write_table(grid)
+    console.print(f"table: {table}", soft_wrap=True)
+    console.print(f"[bold green]report:[/] {write_report(grid)}", soft_wrap=True)
+    if missing:
+        console.print(f"without {len(missing)} runs that are not finished: {', '.join(missing)}", soft_wrap=True)
+    return code
+
+
+def check(grid: Grid) -> None:
+    """Build every tower without memory, find every shard, look whose folders there are; nothing is trained yet.
+
+    Raises ConfigError, DataError or UserError with the cell's name.
+    """
+    built: set[str] = set()
+    for cell in grid.runs:
+        try:
+            _check_cell(cell, built)
+        except UserError as error:
+            raise type(error)(f"cell {cell.name!r}: {error}") from error
+        folders.check(grid, cell)
+
+
+def _check_cell(cell: Cell, built: set[str]) -> None:
+    # The vocabulary may not be there yet; the shipped one finds the same contradictions.
+    recipe = set_values(cell.recipe, ["training.seed=0", "name=cell"])
+    known = Path(recipe.tokenizer.path).exists() or recipe.tokenizer.path == "default"
+    recipe = recipe if known else set_values(recipe, ["tokenizer.path=default"])
+    text = recipe.model_dump_json()
+    if text in built:
+        return
+    built.add(text)
+    with torch.device("meta"):
+        build_model(recipe, build_tokenizer(recipe))
+    patterns = [source.shards for source in recipe.data.sources.values()]
+    patterns += [task.shards for task in recipe.evaluation.tasks.values()]
+    for pattern in patterns:
+        if not any(":" in one and not one.startswith("embedded:") for one in _several(pattern)):
+            resolve(pattern)
+
+
+def part_of(runs: Sequence[Cell], share: str | None) -> list[Cell]:
+    """The runs of share `I/N` (I from 1); all without one. Raises UserError for a share that is none."""
+    if share is None:
+        return list(runs)
+    found = re.fullmatch(r"(\d+)/(\d+)", share)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--share {share}: give I/N with I from 1 to N, as 3/8")
+    return folders.share_of(runs, int(found[1]), int(found[2]))
+
+
+def learn_vocabulary(grid: Grid, console: Console) -> None:
+    """The grid's own vocabulary, once, whoever of several processes comes first."""
+    wanted, out = grid.file.vocabulary, grid.vocabulary
+    if wanted is None or out is None:
+        return
+    grid.out.mkdir(parents=True, exist_ok=True)
+    lock = Lock.take(grid.out / "vocabulary.lock", wait=True)
+    assert lock is not None
+    try:
+        if not out.exists():
+            console.print(f"a vocabulary of {wanted.size:,} from {wanted.captions}", soft_wrap=True)
+            aside = grid.out / "vocabulary.part.json"
+            train_from_files(_caption_files(wanted), aside, vocab_size=wanted.size)
+            aside.replace(out)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the vocabulary cannot be learned: {error}") from error
+    finally:
+        lock.release()
+
+
+def make_generator(grid: Grid, console: Console, program: Sequence[str]) -> None:
+    """The picture generator of experiment 3, once, on all cores; a training that was cut goes on.
+
+    Raises UserError where the folder holds one of another size, or where its training fails.
+    """
+    if grid.generator is None:
+        return
+    folder, done = grid.out / "generator", grid.out / "generator.json"
+    lock = Lock.take(grid.out / "generator.lock", wait=True)
+    assert lock is not None
+    try:
+        size = json.loads(done.read_text(encoding="utf-8"))["size"] if done.exists() else None
+        if size not in (None, grid.generator):
+            raise UserError(
+                f"{folder} holds a generator of size {size!r}, not {grid.generator!r}: choose another --out"
+            )
+        if size is None:
+            console.print(f"a picture generator ({grid.generator}) for experiment 3 → {folder}", soft_wrap=True)
+            began = time.monotonic()
+            arguments = ["generator", "train", "--out", str(folder), "--budget", grid.generator]
+            plan.run_command(program, arguments, os.cpu_count() or 1, grid.out / "generator.log")
+            seconds = round(time.monotonic() - began, 1)
+            done.write_text(json.dumps({"size": grid.generator, "seconds": seconds}) + "\n", encoding="utf-8")
+            console.print(f"generator: {plan.duration(seconds)}", soft_wrap=True)
+    finally:
+        lock.release()
+
+
+def _caption_files(wanted: Vocabulary) -> list[Path]:
+    return [Path(file) for file in resolve(wanted.captions)]
+
+
+def _several(pattern: str | Sequence[str]) -> Sequence[str]:
+    return [pattern] if isinstance(pattern, str) else pattern

@@ -1,0 +1,168 @@
+"""Finished cells in memory: figures by cell and seed, and the items behind each figure, for paired comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_train.ablation.grid import Cell, Comparison, Grid
+from clip_train.ablation.table import Row, read_rows
+from clip_train.evaluation.comparison import Difference, mean_difference, paired_difference, scaled
+from clip_train.evaluation.statistics import Floats, Kind
+
+EXPERIMENTS = ("exp1", "exp2", "exp3")
+LESS_IS_BETTER = ("nll", "bits", "perplexity")
+"""Measures of which a smaller value is the better one."""
+UNIT_SCALE = ("accuracy", "recall")
+"""Measures whose chance is known and whose best is 1: shown as shares."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a figure is made of: `scores (N,)` whose mean it is, or with `labels (N,)` what `kind` makes of both."""
+
+    kind: Kind
+    scores: Floats
+    labels: Floats | None
+
+
+class Results:
+    """All finished cells of a grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.rows: list[Row] = list(read_rows(grid))
+
+    @cached_property
+    def by_cell(self) -> dict[tuple[str, int], dict[str, Row]]:
+        found: dict[tuple[str, int], dict[str, Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.cell, row.seed), {})[row.metric] = row
+        return found
+
+    @property
+    def cells(self) -> list[str]:
+        """Names of finished cells, in the grid's order."""
+        return list(dict.fromkeys(row.cell for row in self.rows))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({row.seed for row in self.rows})
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Every figure that occurs, evaluations first."""
+        return sorted({row.metric for row in self.rows}, key=lambda name: (name.startswith(EXPERIMENTS), name))
+
+    @property
+    def headline(self) -> list[str]:
+        """The grid's headline figures that were measured."""
+        named = self.grid.file.headline or self.metrics
+        return [name for name in named if self.tasks(name)]
+
+    def tasks(self, headline: str) -> list[str]:
+        """The figures that a headline stands for: itself, or all of an experiment (`exp1`, `exp2/`)."""
+        prefix = headline.rstrip("/") + "/"
+        return [name for name in self.metrics if name == headline or name.startswith(prefix)]
+
+    def values(self, cell: str, headline: str) -> Floats:
+        """`(S,)`: a headline figure of a cell by seed; of an experiment, the mean of its tasks as `unit` says."""
+        tasks = self.tasks(headline)
+        found: list[float] = []
+        for seed in self.seeds:
+            rows = self.by_cell.get((cell, seed), {})
+            if tasks and all(task in rows for task in tasks):
+                plain = tasks == [headline]
+                found.append(float(np.mean([rows[t].value if plain else above_chance(rows[t]) for t in tasks])))
+        return np.array(found)
+
+    def row(self, metric: str) -> Row:
+        """Some row of a figure, for what is the same in all of them."""
+        return next(row for row in self.rows if row.metric == metric)
+
+    def difference(self, comparison: Comparison, headline: str) -> Difference | None:
+        """First cells less second ones, more being better; None where cells or items are missing."""
+        tasks = self.tasks(headline)
+        parts: list[Difference] = []
+        for task in tasks:
+            found = self._difference(comparison.first, comparison.second, task)
+            if found is None:
+                continue
+            row = self.row(task)
+            factor = _factor(row) if tasks != [headline] else (-1.0 if less_is_better(row) else 1.0)
+            parts.append(scaled(found, factor))
+        return mean_difference(parts) if parts else None
+
+    def _difference(self, first: Sequence[str], second: Sequence[str], task: str) -> Difference | None:
+        names = {*first, *second}
+        seeds = [seed for seed in self.seeds if all(task in self.by_cell.get((name, seed), {}) for name in names)]
+        items = {(name, seed): self._items(name, seed, task) for name in names for seed in seeds}
+        known = {key: one for key, one in items.items() if one is not None}
+        if not seeds or len(known) < len(items):
+            return None
+        sides = [np.array([[known[name, seed].scores for name in side] for seed in seeds]) for side in (first, second)]
+        some = next(iter(known.values()))
+        return paired_difference(sides[0], sides[1], some.labels, kind=some.kind)
+
+    def _items(self, name: str, seed: int, task: str) -> Items | None:
+        cell = next((one for one in self.grid.cells if (one.name, one.seed) == (name, seed)), None)
+        return None if cell is None else read_items(self.grid, cell, task, self.by_cell[name, seed][task].measure)
+
+
+def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
+    """The items behind a figure of a cell; None where they were not kept."""
+    folder = grid.folder(cell)
+    if task.startswith(EXPERIMENTS):
+        arrays = [_load(folder / "probe" / f"{suite}.npz") for suite in grid.file.probes]
+        for probe in arrays:
+            if task in probe:
+                return Items("mean", _floats(probe[task]), None)
+            if f"{task}:score" in probe:
+                return Items(kind_of(measure), _floats(probe[f"{task}:score"]), _floats(probe[f"{task}:label"]))
+        return None
+    _, name, *way, short = task.split("/")
+    ranks = _load(folder / "eval" / f"{name}.npz").get(f"{way[0]}_ranks" if way else "ranks")
+    cutoff = {"top1": 1, "top5": 5}.get(short) or (int(short[2:]) if short.startswith("r@") else None)
+    return None if ranks is None or cutoff is None else Items("mean", (ranks < cutoff).astype(np.float64), None)
+
+
+def kind_of(measure: str) -> Kind:
+    """How scores and labels make a figure of this measure."""
+    lowered = measure.lower()
+    return "auc" if "auc" in lowered else "spearman" if "spearman" in lowered else "pearson"
+
+
+def less_is_better(row: Row) -> bool:
+    return row.measure in LESS_IS_BETTER
+
+
+def above_chance(row: Row) -> float:
+    """A figure between 0 (chance) and 1 (perfect), so that tasks can be averaged; correlations are there already."""
+    if less_is_better(row):
+        return -row.value if row.chance is None else row.chance - row.value
+    return row.value * _factor(row) - (row.chance or 0.0) * _factor(row)
+
+
+def _factor(row: Row) -> float:
+    if less_is_better(row):
+        return -1.0
+    return 1.0 / (1.0 - row.chance) if row.chance is not None and row.chance < 1 else 1.0
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return _load_once(path, path.stat().st_mtime_ns) if path.exists() else {}
+
+
+@lru_cache(maxsize=128)  # every comparison asks for the same few files
+def _load_once(path: Path, changed: int) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files if arrays[name].dtype.kind in "biuf"}
+
+
+def _floats(values: Any) -> Floats:
+    return np.asarray(values, dtype=np.float64)

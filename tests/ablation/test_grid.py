@@ -1,0 +1,144 @@
+"""Expansion of grids, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clip_train.ablation.cells import share_of
+from clip_train.ablation.grid import Grid, load_grid
+from clip_train.ablation.main import check, part_of
+from clip_train.config import load_recipe
+from clip_train.errors import ConfigError, UserError
+
+GRID = """
+name = "tiny-grid"
+recipe = "recipe.toml"
+seeds = [0, 1]
+exclude = [{ mask = "causal", pool = "cls" }]
+
+[axes.mask]
+causal = ["text.attention=causal"]
+bidirectional = ["text.attention=bidirectional"]
+
+[axes.pool]
+eot = ["text.pool=eot"]
+cls = ["text.pool=cls"]
+
+[arms.again]
+levels = { mask = "bidirectional" }
+set = ["text.pool=cls"]
+
+[arms.tuned]
+after = "again"
+set = ["training.init={previous}"]
+
+[budgets.small]
+set = ["training.steps=3"]
+seeds = [7]
+cells = ["causal-*", "tuned"]
+"""
+
+
+@pytest.fixture
+def grid_of(tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]) -> Callable[..., Grid]:
+    """The grid above, or one that differs from it by a replacement."""
+    write_recipe(recipe_tree)
+
+    def make(old: str = "", new: str = "", budget: str | None = None) -> Grid:
+        assert old in GRID
+        path = tmp_path / "grid.toml"
+        path.write_text(GRID.replace(old, new) if old else GRID)
+        return load_grid(path, tmp_path / "out", budget)
+
+    return make
+
+
+def test_product_arms_and_seeds(grid_of: Callable[..., Grid], tmp_path: Path) -> None:
+    grid = grid_of()
+    assert [cell.id for cell in grid.cells if cell.seed == 1] == [
+        f"{name}-seed1" for name in ("causal-eot", "bidirectional-eot", "bidirectional-cls", "again", "tuned")
+    ]
+    for cell in grid.cells:
+        assert cell.recipe.training.seed == cell.seed
+    cell = grid.cell("bidirectional-cls-seed0")
+    overrides = ["text.attention=bidirectional", "text.pool=cls", "name=bidirectional-cls", "training.seed=0"]
+    assert cell.recipe == load_recipe(tmp_path / "recipe.toml", overrides)
+    assert cell.levels == {"mask": "bidirectional", "pool": "cls"}
+
+
+def test_equal_cells_run_once_and_chains_hand_on(grid_of: Callable[..., Grid]) -> None:
+    grid = grid_of()
+    assert grid.cell("again-seed0").same_as == "bidirectional-cls-seed0"
+    assert grid.folder("again-seed0") == grid.folder("bidirectional-cls-seed0")
+    tuned = grid.cell("tuned-seed1")
+    assert tuned.after == "bidirectional-cls-seed1"
+    assert tuned.recipe.training.init == str(grid.folder("bidirectional-cls-seed1"))
+    assert len({cell.key for cell in grid.runs}) == len(grid.runs) == 8
+
+
+def test_hash_knows_what_came_before_and_not_where(grid_of: Callable[..., Grid], tmp_path: Path) -> None:
+    keys = {cell.id: cell.key for cell in grid_of().cells}
+    elsewhere = load_grid(tmp_path / "grid.toml", tmp_path / "other")
+    assert keys == {cell.id: cell.key for cell in elsewhere.cells}
+    longer = grid_of('set = ["text.pool=cls"]', 'set = ["text.pool=cls", "training.steps=5"]')
+    changed = [cell.id for cell in longer.cells if cell.key != keys[cell.id]]
+    assert changed == ["again-seed0", "tuned-seed0", "again-seed1", "tuned-seed1"]
+
+
+def test_a_budget_takes_part_of_it_with_what_that_needs(grid_of: Callable[..., Grid]) -> None:
+    grid = grid_of(budget="small")
+    assert [cell.id for cell in grid.cells] == ["causal-eot-seed7", "again-seed7", "tuned-seed7"]
+    assert {cell.steps for cell in grid.cells} == {3}
+
+
+def test_shares_are_a_partition_that_keeps_chains(grid_of: Callable[..., Grid]) -> None:
+    runs = grid_of().runs
+    for count in (1, 2, 3, 20):
+        parts = [share_of(runs, number, count) for number in range(1, count + 1)]
+        assert sorted(cell.id for part in parts for cell in part) == sorted(cell.id for cell in runs)
+        for part in parts:
+            ids = [cell.id for cell in part]
+            assert all(cell.after is None or cell.after in ids[: ids.index(cell.id)] for cell in part)
+    assert max(len(share_of(runs, number, 2)) for number in (1, 2)) <= 5
+    for wrong in ("0/2", "3/2", "1", "a/b", "1/0"):
+        with pytest.raises(UserError, match="I/N"):
+            part_of(runs, wrong)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("seeds = [0, 1]", "sedes = [0, 1]", "unknown key 'sedes'. Did you mean seeds"),
+        ("after = ", "afer = ", "Did you mean after"),
+        ("exclude = [{ mask", "exclude = [{ musk", "unknown axis 'musk'. Did you mean mask"),
+        ('{ mask = "causal",', '{ mask = "casual",', "no level 'casual'. Did you mean causal"),
+        ('after = "again"', 'after = "agian"', "no cell 'agian'. Did you mean again"),
+        ('after = "again"', 'after = "tuned"', "circle: tuned → tuned"),
+        ('after = "again"\n', "", r"no `after` that says which"),
+        ('cells = ["causal-*", "tuned"]', 'cells = ["masked-*"]', r"no cell 'masked-\*'"),
+        ("text.pool=eot", "text.pol=eot", "cell 'causal-eot'.*unknown key"),
+        ("[arms.again]", "[arms.causal-eot]", "called as a combination"),
+        ("[budgets.small]", "[budgets.tiny]", "no budget 'small'"),
+        ('recipe = "recipe.toml"', 'recipe = "recip.toml"', "no recipe"),
+        ("training.steps=3", "training.epochs=1", "equal steps"),
+        (
+            "[budgets.small]",
+            '[comparisons.c]\nquestion = "?"\nfirst = ["again"]\nsecond = ["tuned", "again"]\n[budgets.small]',
+            "as many of both",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(grid_of: Callable[..., Grid], old: str, new: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        grid_of(old, new, budget="small")
+
+
+def test_contradictions_are_found_before_training(grid_of: Callable[..., Grid], tmp_path: Path) -> None:
+    grid = grid_of('exclude = [{ mask = "causal", pool = "cls" }]', "")
+    with pytest.raises(UserError, match=r"cell 'causal-cls'.*cls"):
+        check(grid)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,258 @@
+"""Running a grid: resuming, locks, failures, shares, signals; table and report of what came out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from clip_train.ablation import main
+from clip_train.ablation.cells import Lock
+from clip_train.ablation.main import ablate
+from clip_train.errors import UserError
+
+STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
+GRID = """
+name = "tiny-grid"
+recipe = "recipe.toml"
+seeds = [0, 1, 2]
+probes = ["text"]
+headline = ["zeroshot/style/top1", "exp1", "exp2"]
+
+[axes.mask]
+causal = ["text.attention=causal"]
+bidirectional = ["text.attention=bidirectional"]
+
+[axes.pool]
+eot = ["text.pool=eot"]
+mean = ["text.pool=mean"]
+
+[arms.tuned]
+after = "causal-eot"
+set = ["training.init={previous}"]
+
+[comparisons.mask]
+question = "Is looking back enough?"
+first = ["bidirectional-eot", "bidirectional-mean"]
+second = ["causal-eot", "causal-mean"]
+expect = { exp1 = "first", exp2 = "second" }
+
+[comparisons.pool]
+question = "Is the mean better?"
+first = ["causal-mean"]
+second = ["causal-eot"]
+expect = { exp1 = "first" }
+"""
+
+
+@pytest.fixture
+def grid(tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]) -> Path:
+    recipe_tree["evaluation"]["tasks"] = {  # what the stand-in makes of it is a classification
+        "style": {"kind": "retrieval", "shards": recipe_tree["data"]["sources"]["s"]["shards"], "image": "png"}
+    }
+    write_recipe(recipe_tree)
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    return path
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where stand-ins say what they did; they leave empty files, and no report is drawn of them."""
+    path = tmp_path / "log"
+    path.touch()
+    monkeypatch.setenv("STAND_IN_LOG", str(path))
+    monkeypatch.setenv("STAND_IN_EMPTY", "1")
+    monkeypatch.setattr(main, "write_table", lambda grid: None)
+    monkeypatch.setattr(main, "write_report", lambda grid: (grid.out / "report.html").touch())
+    return path
+
+
+def run(grid: Path, *, jobs: int = 4, program: tuple[str, ...] = STAND_IN, **options: Any) -> int:
+    chosen = {"budget": None, "share": None, "plan_only": False, "report_only": False, **options}
+    return ablate(grid, grid.parent / "out", jobs=jobs, console=Console(quiet=True), program=program, **chosen)
+
+
+def stages(log: Path) -> list[str]:
+    return [f"{line.split()[0]} {Path(line.split()[1]).name}" for line in log.read_text().splitlines()]
+
+
+def test_runs_what_is_missing_and_no_more(grid: Path, log: Path) -> None:
+    assert run(grid) == 0
+    first = stages(log)
+    assert len(first) == len(set(first)) == 2 * 15
+    assert first.index("train causal-eot-seed1") < first.index("train tuned-seed1")
+    out = grid.parent / "out"
+    (out / "cells/causal-eot-seed1/probe/text.json").unlink()
+    (out / "cells/causal-mean-seed0/stages.json").unlink()
+    assert run(grid) == 0
+    again = stages(log)[len(first) :]
+    assert sorted(again) == ["probe causal-eot-seed1", "probe causal-mean-seed0", "train causal-mean-seed0"]
+
+
+def test_another_grid_in_the_folder_is_refused(grid: Path, log: Path) -> None:
+    assert run(grid) == 0
+    before = len(stages(log))
+    grid.write_text(GRID.replace("text.pool=mean", "text.pool=map"))
+    with pytest.raises(UserError, match=r"mean.*another recipe"):
+        run(grid)
+    assert len(stages(log)) == before
+
+
+def test_a_failure_is_named_and_the_rest_goes_on(
+    grid: Path, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STAND_IN_FAILS", "causal-eot")
+    code = ablate(
+        grid, grid.parent / "out", budget=None, jobs=4, share=None, plan_only=False, report_only=False,
+        console=Console(width=200), program=STAND_IN,
+    )  # fmt: skip
+    assert code == 1
+    said = capsys.readouterr().out
+    assert "failed causal-eot-seed0" in said
+    assert "it broke" in said
+    assert "tuned-seed2: comes after causal-eot-seed2" in said
+    assert len(stages(log)) == 2 * 9
+    monkeypatch.delenv("STAND_IN_FAILS")
+    assert run(grid) == 0
+    assert len(stages(log)) == 2 * 15
+
+
+def test_shares_together_are_the_whole(grid: Path, log: Path) -> None:
+    report = grid.parent / "out/report.html"
+    for number in (1, 2, 3):
+        assert not report.exists()
+        assert run(grid, share=f"{number}/3") == 0
+    assert len(stages(log)) == len(set(stages(log))) == 2 * 15
+    assert report.exists(), "the last share writes it"
+
+
+def test_a_lock_keeps_others_out_until_its_holder_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "cell/lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys\nfrom pathlib import Path\nfrom clip_train.ablation.cells import Lock\n"
+         "lock = Lock.take(Path(sys.argv[1]))\nprint(lock is not None, flush=True)\nsys.stdin.read()", str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    assert Lock.take(path) is None
+    holder.kill()
+    holder.wait()
+    again = Lock.take(path)
+    assert again is not None
+    again.release()
+
+
+def test_two_processes_share_the_work(grid: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN_SECONDS", "0.2")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_run; "
+        "test_run.main.write_table = test_run.main.write_report = lambda grid: None; "
+        "sys.exit(test_run.run(Path(sys.argv[2]), jobs=2))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(grid)]) for _ in range(2)]
+    assert [one.wait(120) for one in both] == [0, 0]
+    assert len(stages(log)) == len(set(stages(log))) == 2 * 15
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_cut_run_goes_on_with_real_training(
+    number: signal.Signals, tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
+) -> None:
+    """SIGTERM reaches the training, which saves and ends; after SIGKILL it goes on from its last checkpoint."""
+    recipe_tree["training"]["steps"] = 3000
+    recipe_tree["checkpoint"]["every_steps"] = 5
+    recipe_tree["evaluation"]["tasks"] = {}
+    write_recipe(recipe_tree)
+    grid = tmp_path / "grid.toml"
+    grid.write_text('name = "cut"\nrecipe = "recipe.toml"\nseeds = [0]\n[arms.only]\n')
+    command = [sys.executable, "-m", "clip_train", "ablate", str(grid), "--out", str(tmp_path / "out")]
+    folder = tmp_path / "out/cells/only-seed0"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints/latest").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGKILL:  # the child would go on: it has its own session, and the lock
+        child = int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0])
+        os.kill(process.pid, number)
+        os.kill(child, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(120) == (128 + number if number == signal.SIGTERM else -number)
+    step = json.loads((folder / "checkpoints/latest/state.json").read_text())["step"]
+    assert 0 < step < 3000
+    # Shorter, so that the test is: the same recipe but for its length.
+    recipe_tree["training"]["steps"] = step + 2
+    tree = (tmp_path / "recipe.toml").read_text().replace("steps = 3000", f"steps = {step + 2}")
+    (tmp_path / "recipe.toml").write_text(tree)
+    (folder / "stages.json").unlink(missing_ok=True)
+    done = subprocess.run([*command, "--jobs", "1"], capture_output=True, text=True, timeout=120)
+    assert "1 of 1" in done.stdout, done.stdout + done.stderr
+    assert f"at step {step}" in (folder / "train.log").read_text()
+    assert json.loads((folder / "checkpoints/latest/state.json").read_text())["step"] == step + 2
+
+
+def test_plan_counts_and_measures(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"budget": None, "jobs": 1, "share": None, "plan_only": True, "report_only": False}
+    assert ablate(grid, grid.parent / "out", console=Console(width=200), program=STAND_IN, **options) == 0  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert "15 of 15 runs to go" in said
+    assert f"{15 * 12:,} steps, {15 * 12 * 8:,} samples" in said
+    timing = json.loads((grid.parent / "out/timing.json").read_text())
+    assert timing["infonce"]["step"] == pytest.approx(8 / 100)
+    assert not (grid.parent / "out/cells").exists()
+
+
+def test_table_and_report(grid: Path) -> None:
+    import pyarrow.parquet
+
+    assert run(grid) == 0
+    out = grid.parent / "out"
+    with (out / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15 * 5
+    assert {row["axis_mask"] for row in rows if row["cell"] == "bidirectional-mean"} == {"bidirectional"}
+    one = next(row for row in rows if (row["cell"], row["seed"], row["metric"]) == ("causal-eot", "1", "exp1/topic"))
+    with np.load(out / "cells/causal-eot-seed1/probe/text.npz") as arrays:
+        assert float(one["value"]) == pytest.approx(arrays["exp1/topic"].mean())
+    assert (one["measure"], one["chance"], one["n"]) == ("accuracy", "0.5", "300")
+    table = pyarrow.parquet.read_table(out / "table.parquet").to_pylist()
+    assert [float(row["value"]) for row in rows] == [row["value"] for row in table]
+
+    said = (out / "report.md").read_text()
+    tests = [line.split(" | ") for line in said.splitlines() if line.startswith("| Is ")]
+    assert len(tests) == 6
+    by_question = {(line[0].strip("| "), line[2]): line for line in tests}
+    # The stand-in's bidirectional cells are better, by how much is known; pools make no difference.
+    mask = by_question["Is looking back enough?", "general text (exp. 1)"]
+    hits = [
+        [read_hits(out, f"{m}-{p}", s) for p in ("eot", "mean") for s in range(3)] for m in ("bidirectional", "causal")
+    ]
+    assert float(mask[3].split()[0]) == pytest.approx(100 * (np.mean(hits[0]) - np.mean(hits[1])) / 0.5, abs=0.06)
+    assert mask[6].strip(" |") == "reproduced"
+    assert by_question["Is looking back enough?", "vision-centric text (exp. 2)"][6].strip(" |") == "refuted"
+    assert by_question["Is the mean better?", "general text (exp. 1)"][6].strip(" |") == "undecided"
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 2 * 5
+    assert {path.stem for path in (out / "report").iterdir()} == {
+        "headline", "heatmaps", "differences", "tasks", "learning",
+    }  # fmt: skip
+
+
+def read_hits(out: Path, cell: str, seed: int) -> float:
+    with np.load(out / f"cells/{cell}-seed{seed}/probe/text.npz") as arrays:
+        return float(np.mean([arrays["exp1/topic"].mean(), arrays["exp1/order"].mean()]))
