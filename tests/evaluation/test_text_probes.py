@@ -231,18 +231,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_writes_what_pairs_up(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tasks = "exp1/word_in_context,exp2/keywords,exp2/same_picture_clipart"
+    tasks = "exp1/entailment,exp2/keywords,exp2/same_picture_clipart"
     assert main(["probe", str(run), str(run / "checkpoints/latest"), "--tasks", tasks, "--out", str(tmp_path)]) == 0
     assert "against run" in capsys.readouterr().out
     found = json.loads((tmp_path / "run/text.json").read_text())["tasks"]
-    assert {"exp1/word_in_context", "exp1/word_in_context/apart", "exp2/keywords/joint", "exp2/keywords/centred",
+    assert {"exp1/entailment", "exp1/entailment/apart", "exp2/keywords/joint", "exp2/keywords/centred",
             "exp2/same_picture_clipart/joint_centred"} <= found.keys()  # fmt: skip
     with np.load(tmp_path / "run/text.npz") as one, np.load(tmp_path / "latest/text.npz") as other:
-        assert one["exp1/word_in_context"].mean() == pytest.approx(found["exp1/word_in_context"]["value"])
+        assert one["exp1/entailment"].mean() == pytest.approx(found["exp1/entailment"]["value"])
         assert one["exp2/keywords:score"].shape == one["exp2/keywords:label"].shape == (1000,)
         for key in one.files:
             np.testing.assert_array_equal(one[key], other[key])
-    assert found["exp1/word_in_context"]["pool"] not in ("own", "eot", "cls")  # they do not see the second sentence
+    assert found["exp1/entailment"]["pool"] not in ("own", "eot", "cls")  # they do not see the second sentence
     differences = json.loads((tmp_path / "comparison.json").read_text())["differences"]
     assert all(row["value"] == row["reference"] for row in differences)
 

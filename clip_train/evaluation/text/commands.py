@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,6 +17,7 @@ from clip_train.errors import UserError
 if TYPE_CHECKING:
     from clip_train.evaluation.text.compare import Difference
     from clip_train.evaluation.text.results import TaskResult
+    from clip_train.evaluation.text.tasks import TextTask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", default="", metavar="NAME[,NAME]", help="exp1, exp2, exp1/topic, … (default: all that are there)"
     )
     parser.add_argument("--device", default="cpu", help="where the encoder runs (default cpu; cuda where there is one)")
+    parser.add_argument(
+        "--sentiment", type=Path, metavar="DIR|FILE",
+        help="sentiment with human ratings: what pip download --no-deps --no-build-isolation vaderSentiment==0.5 got",
+    )  # fmt: skip
+    parser.add_argument(
+        "--glue",
+        metavar="hub|DIR[:NAME,…]",
+        help="GLUE through datasets, from the hub or a local folder; all its tasks",
+    )
+    parser.add_argument("--glue-limit", type=int, default=10_000, metavar="N", help="training texts of a task at most")
+    parser.add_argument("--finetune", action="store_true", help="also fine-tune the tower on each task of experiment 1")
+    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--lr", type=float, default=2e-5, help="of fine-tuning")
+    parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
+    parser.add_argument(
+        "--generator", type=Path, metavar="DIR",
+        help="experiment 3: a generator that `clip-train generator train` made (default: runs/generator where it is)",
+    )  # fmt: skip
+    parser.add_argument("--budget", choices=["full", "small"], default="full", help="of experiment 3")
     parser.set_defaults(run=run_probe)
 
 
@@ -41,16 +61,24 @@ def run_probe(args: argparse.Namespace) -> int:
     """Run the suite on every encoder; several are compared at the end."""
     console = Console(highlight=False)
     from clip_train.evaluation.text.encoder import open_encoder
-    from clip_train.evaluation.text.suite import choose, run_suite, save_suite
+    from clip_train.evaluation.text.finetune import Settings
+    from clip_train.evaluation.text.suite import EXP3, Pictures, choose, run_suite, save_suite
 
-    tasks = choose([name.strip() for name in args.tasks.split(",") if name.strip()])
+    wanted = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    tasks = choose(wanted, _extra(args))
+    finetune = Settings(epochs=args.epochs, lr=args.lr, seeds=args.seeds) if args.finetune else None
+    generator = _generator(args.generator, asked=EXP3 in wanted) if not wanted or EXP3 in wanted else None
     places = _places(args.encoders, args.out)
     found: dict[str, list[TaskResult]] = {}
     for (name, out), path in zip(places.items(), args.encoders, strict=True):
         encoder = open_encoder(path, device=args.device)
+        pictures = None if generator is None else Pictures(generator, args.budget, out / "pictures.png")
+        learned = sum(experiment == "exp1" for experiment, _ in tasks) if finetune else 0
         with _progress(console) as progress:
-            bar = progress.add_task(name, total=len(tasks))
-            found[name] = run_suite(encoder, tasks, advance=partial(_advance, progress, bar, name))
+            bar = progress.add_task(name, total=len(tasks) + learned + (pictures is not None))
+            found[name] = run_suite(
+                encoder, tasks, finetune=finetune, pictures=pictures, advance=partial(_advance, progress, bar, name)
+            )
         save_suite(encoder, path, out, found[name])
         console.print(table_of(name, found[name]))
         console.print(f"{out / 'text.json'}, {out / 'text.npz'}", soft_wrap=True)
@@ -63,6 +91,32 @@ def run_probe(args: argparse.Namespace) -> int:
         write_comparison(target, list(found), differences)
         console.print(str(target), soft_wrap=True)
     return 0
+
+
+def _extra(args: argparse.Namespace) -> list[TextTask]:
+    """Tasks from elsewhere."""
+    found: list[TextTask] = []
+    if args.sentiment is not None:
+        from clip_train.evaluation.text.sentiment import read_sentiment
+
+        found += read_sentiment(args.sentiment)
+    if args.glue is not None:
+        from clip_train.evaluation.text.glue import read_glue
+
+        source, _, names = args.glue.partition(":")
+        found += read_glue(source, [name for name in names.split(",") if name], limit=args.glue_limit)
+    return found
+
+
+def _generator(folder: Path | None, *, asked: bool) -> Any:
+    """The generator that was given, or the default one; None where there is none and none was asked for."""
+    from clip_train.evaluation.text_to_image.commands import DEFAULT
+
+    if folder is None and not DEFAULT.is_dir() and not asked:
+        return None
+    from clip_train.evaluation.text_to_image.generator import load_generator
+
+    return load_generator(folder or DEFAULT)
 
 
 def _advance(progress: Progress, bar: TaskID, name: str, task: str, _: list[TaskResult]) -> None:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clip_train.errors import DataError
 from clip_train.evaluation.text.encoder import PooledEncoder
+from clip_train.evaluation.text.finetune import Settings, finetune_task
 from clip_train.evaluation.text.results import TaskResult, write_results
 from clip_train.evaluation.text.synesthesia import compare_task
 from clip_train.evaluation.text.tasks import EMBEDDED, TextTask, load_embedded
 from clip_train.evaluation.text.understanding import probe_task
 
+EXP3 = "exp3"
 Chosen = list[tuple[str, TextTask]]
 """Experiment and task, in the order in which they are run."""
 
 
 def choose(wanted: Sequence[str], extra: Sequence[TextTask] = ()) -> Chosen:
-    """The tasks of a suite, read and checked.
+    """The tasks of experiments 1 and 2, read and checked.
 
     Args:
-        wanted: `exp1`, `exp2`, `exp1/topic` …; none is all that is there.
+        wanted: `exp1`, `exp2`, `exp1/topic` …; none is all that is there. `exp3` is no task of texts, and passed over.
         extra: tasks of experiment 1 from elsewhere (sentiment, GLUE).
 
     Raises:
@@ -31,33 +35,62 @@ def choose(wanted: Sequence[str], extra: Sequence[TextTask] = ()) -> Chosen:
     others = {f"exp1/{task.name}": task for task in extra}
     known = [f"exp1/{name}" for name in EMBEDDED["exp1"]] + list(others)
     known += [f"exp2/{name}" for name in EMBEDDED["exp2"]]
+    groups = [*EMBEDDED, EXP3]
     for name in wanted:
-        if name not in known and name not in EMBEDDED:
-            near = difflib.get_close_matches(name, [*known, *EMBEDDED], n=3, cutoff=0.4)
+        if name not in known and name not in groups:
+            near = difflib.get_close_matches(name, [*known, *groups], n=3, cutoff=0.4)
             hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise DataError(f"no text task {name!r}{hint}. All: {', '.join(known)}")
+            raise DataError(f"no text task {name!r}{hint}. All: {', '.join([*known, EXP3])}")
     chosen = [name for name in known if not wanted or name in wanted or name.split("/")[0] in wanted]
     return [(name.split("/")[0], others[name] if name in others else load_embedded(name.split("/")[1]))
             for name in chosen]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What experiment 3 needs."""
+
+    generator: Any
+    budget: str
+    grid: Path
+    """PNG of what the generator draws for this encoder."""
+
+
 def run_suite(
-    encoder: PooledEncoder, tasks: Chosen, *, advance: Callable[[str, list[TaskResult]], None] | None = None
+    encoder: PooledEncoder,
+    tasks: Chosen,
+    *,
+    finetune: Settings | None = None,
+    pictures: Pictures | None = None,
+    advance: Callable[[str, list[TaskResult]], None] | None = None,
 ) -> list[TaskResult]:
     """Every task's figures.
 
     Args:
+        finetune: fine-tune on every task of experiment 1 as well.
+        pictures: run experiment 3 as well.
         advance: told the task's name, and its figures, after each.
     """
     results: list[TaskResult] = []
-    for experiment, task in tasks:
+
+    def one(name: str, run: Callable[[], list[TaskResult]]) -> None:
         cut = encoder.cut
-        found = probe_task(encoder, task) if experiment == "exp1" else compare_task(encoder, task)
-        for one in found:
-            one.more["texts_cut"] = encoder.cut - cut
-        results += found
+        found = run()
+        for result in found:
+            result.more["texts_cut"] = encoder.cut - cut
+        results.extend(found)
         if advance is not None:
-            advance(f"{experiment}/{task.name}", found)
+            advance(name, found)
+
+    for experiment, task in tasks:
+        probe = probe_task if experiment == "exp1" else compare_task
+        one(f"{experiment}/{task.name}", partial(probe, encoder, task))
+        if finetune is not None and experiment == "exp1":
+            one(f"exp1/{task.name}/finetuned", lambda task=task: [finetune_task(encoder, task, finetune)])
+    if pictures is not None:
+        from clip_train.evaluation.text_to_image.score import exp3
+
+        one(EXP3, lambda: exp3(encoder, pictures.generator, budget=pictures.budget, grid=pictures.grid))
     return results
 
 

@@ -43,6 +43,8 @@ class TextTask:
     classes: tuple[str, ...] = ()
     metric: str = "accuracy"
     about: str = ""
+    also: tuple[str, ...] = ()
+    """Other figures of the same predictions, reported beside `metric`."""
 
     @property
     def pairs(self) -> bool:

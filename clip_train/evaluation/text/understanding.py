@@ -144,9 +144,10 @@ def _result(name: str, task: TextTask, probe: Probe, seconds: float) -> TaskResu
         items = {"": (probe.predicted == test.answers).astype(np.float32)}
     else:
         items = {":score": probe.predicted, ":label": test.answers}
-    return TaskResult(
-        name, task.metric, measure(task.metric, probe.predicted, test.answers), chance_of(task), probe.pool, len(test),
-        seconds, items,
-        {"bag_of_words": measure(task.metric, bag, test.answers), "dev": probe.dev, "dev_by_pool": probe.by_pool,
-         "l2": probe.l2, "train": len(train)},
-    )  # fmt: skip
+    more = {
+        "bag_of_words": measure(task.metric, bag, test.answers), "dev": probe.dev, "dev_by_pool": probe.by_pool,
+        "l2": probe.l2, "train": len(train),
+    }  # fmt: skip
+    more |= {name: measure(name, probe.predicted, test.answers) for name in task.also}
+    value = measure(task.metric, probe.predicted, test.answers)
+    return TaskResult(name, task.metric, value, chance_of(task), probe.pool, len(test), seconds, items, more)

@@ -1,0 +1,187 @@
+"""Encoders of three libraries, tiny and made here: our checkpoints, transformers' and open_clip's directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import clip_train
+from clip_train.cli import main
+from clip_train.errors import CheckpointError
+from clip_train.evaluation.text.encoder import acting_pools, open_encoder
+from clip_train.export.run import export
+
+TEXTS = ["a red apple", "two dogs run on the beach and a cat sleeps", "rain"]
+PAIRS = ["a dog sleeps", "the sea", "it is raining and people stay inside"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("encoders") / "run"
+    steps = ["--set", "training.steps=1", "--set", "schedule.warmup_steps=0", "--set", "evaluation.tasks={}"]
+    assert main(["train", "debug", "--run-dir", str(run_dir), *steps]) == 0
+    return run_dir
+
+
+def test_our_run_gives_the_towers_output_and_the_joint_space(run: Path) -> None:
+    encoder, loaded = open_encoder(run), clip_train.load(run)
+    np.testing.assert_allclose(encoder.joint(TEXTS), loaded.encode_text(TEXTS).numpy(), atol=1e-5)
+    ids, lengths = loaded.tokenizer.encode_batch(TEXTS)
+    padded = torch.from_numpy(loaded.tokenizer.padded(ids, lengths)).long()
+    want = loaded.model.text(padded, torch.from_numpy(lengths).long()).pooled.detach().numpy()
+    np.testing.assert_allclose(encoder.encode(TEXTS), want, atol=1e-5)
+
+
+def test_an_open_clip_directory_gives_open_clips_vectors(run: Path, tmp_path: Path) -> None:
+    import open_clip
+
+    export(clip_train.load(run), "open_clip", tmp_path / "out", source=run)
+    name = f"local-dir:{tmp_path / 'out'}"
+    model, _, _ = open_clip.create_model_and_transforms(name)
+    with torch.no_grad():
+        want = model.eval().encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True).numpy()
+    encoder = open_encoder(tmp_path / "out")
+    np.testing.assert_allclose(encoder.joint(TEXTS), want, atol=1e-5)
+    assert "own" not in acting_pools(encoder, pairs=True) and "last" in acting_pools(encoder, pairs=True)
+
+
+def word_tokenizer(folder: Path, special: tuple[str, ...], **roles: str) -> Any:
+    """A word-level tokenizer with BERT's pairs, saved as transformers save theirs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in TEXTS + PAIRS for word in text.split()})
+    words += ["table", "home", "birds", "sing", "at", "dawn", "runs"]
+    vocabulary = {token: i for i, token in enumerate([*special, *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token=special[1]))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if "cls_token" in roles:
+        cls, sep = roles["cls_token"], roles["sep_token"]
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(token, made.token_to_id(token)) for token in (cls, sep)],
+        )  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=32, **roles)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = word_tokenizer(folder, tuple(roles.values()), **roles)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=32, initializer_range=0.3)  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_bert_directory_gives_its_hidden_states_of_texts_and_pairs(bert: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+    encoder = open_encoder(bert)
+    for second in (None, PAIRS):
+        batch = tokenizer(*(TEXTS,) if second is None else (TEXTS, second), padding=True, return_tensors="pt",
+                          return_token_type_ids=True)  # fmt: skip
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        found = encoder.features(TEXTS, second)
+        want = {
+            "own": hidden[:, 0], "cls": hidden[:, 0], "mean": (hidden * mask).sum(1) / mask.sum(1),
+            "last": hidden[torch.arange(3), mask[..., 0].sum(1) - 1],
+            "max": hidden.masked_fill(mask == 0, -torch.inf).amax(1),
+            "eot": hidden[torch.arange(3), (batch["input_ids"] == tokenizer.sep_token_id).int().argmax(1)],
+        }  # fmt: skip
+        assert set(want) == set(found)
+        for pool, vectors in want.items():
+            np.testing.assert_allclose(found[pool], vectors.numpy(), atol=1e-5)
+    assert set(acting_pools(encoder, pairs=True)) == set(encoder.pools)
+    assert encoder.joint(TEXTS) is None
+
+
+def test_a_transformers_clip_directory_gives_its_text_embeds(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    export(clip_train.load(run), "transformers", tmp_path / "out", source=run)
+    model = CLIPTextModelWithProjection.from_pretrained(tmp_path / "out").eval()
+    batch = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        want = normalize(model(**batch).text_embeds, dim=-1).numpy()
+    np.testing.assert_allclose(open_encoder(tmp_path / "out").joint(TEXTS), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("gpt2", "last"), ("t5", "mean")])
+def test_decoders_and_t5_get_the_usual_pool_of_their_kind(kind: str, own: str, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2Model, T5Config, T5Model
+
+    tokenizer = word_tokenizer(
+        tmp_path, ("<pad>", "<unk>", "</s>"), pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+    )
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32,
+                             initializer_range=0.3)).save_pretrained(tmp_path)  # fmt: skip
+    else:
+        T5Model(T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2,
+                         pad_token_id=0, decoder_start_token_id=0)).save_pretrained(tmp_path)  # fmt: skip
+    encoder = open_encoder(tmp_path)
+    found = encoder.features(TEXTS)
+    np.testing.assert_array_equal(found["own"], found[own])
+    assert encoder.width == 16 and not np.allclose(found["last"], found["mean"])
+    one_by_one = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(found["own"], one_by_one, atol=1e-5)  # padding does not act
+
+
+def test_what_a_directory_lacks_is_said(bert: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    for number, (spoil, message) in enumerate(
+        [
+            (
+                lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+                "there is no tokenizer",
+            ),
+            (lambda f: (f / "model.safetensors").unlink(), "cannot read it"),
+            (lambda f: (f / "config.json").write_text(json.dumps({"model_type": "nonsense"})), "cannot read it"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(bert, folder)
+        spoil(folder)
+        with pytest.raises(CheckpointError, match=message):
+            open_encoder(folder)
+    with pytest.raises(CheckpointError, match="no such file"):
+        open_encoder(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError):
+        open_encoder(tmp_path / "empty")
+
+
+def test_missing_weights_are_refused_and_a_missing_pooler_is_not(bert: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(bert / "model.safetensors")
+    for left_out, refused in (("pooler", False), ("layer.1.output", True)):
+        folder = tmp_path / left_out
+        shutil.copytree(bert, folder)
+        kept = {name: tensor for name, tensor in whole.items() if left_out not in name}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        if refused:
+            with pytest.raises(CheckpointError, match="weights are missing"):
+                open_encoder(folder)
+        else:
+            np.testing.assert_array_equal(open_encoder(folder).encode(TEXTS), open_encoder(bert).encode(TEXTS))
