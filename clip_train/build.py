@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, assert_never
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,8 +36,9 @@ from clip_train.data.stream import Stream, open_source
 from clip_train.data.transforms import Augment, Preprocess
 from clip_train.errors import ConfigError
 from clip_train.models.adapters import TimmTower
-from clip_train.models.base import Tower
+from clip_train.models.base import Model, Tower
 from clip_train.models.bert import BertText
+from clip_train.models.language import BertHead, LanguageModel, TiedHead
 from clip_train.models.modern import ModernText
 from clip_train.models.resnet import ModifiedResNet
 from clip_train.models.t5 import T5Text
@@ -44,7 +46,9 @@ from clip_train.models.text import TextTransformer
 from clip_train.models.text_tower import TextTower
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer as VisionTransformerTower
+from clip_train.objectives.causal_lm import CausalLM
 from clip_train.objectives.contrastive import InfoNCE
+from clip_train.objectives.masked import MaskedLM
 from clip_train.objectives.sigmoid import Sigmoid
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import Replicated, Sharded, parallelize
@@ -54,7 +58,9 @@ from clip_train.training import schedule as schedules
 from clip_train.training.average import WeightAverage
 from clip_train.training.layer_decay import layer_scales
 from clip_train.training.muon import Share
+from clip_train.training.update import Objective
 from tokenizer import BPETokenizer
+from tokenizer.vocabulary import END_OF_WORD
 
 
 def build_tokenizer(recipe: Recipe) -> BPETokenizer:
@@ -70,27 +76,51 @@ def build_tokenizer(recipe: Recipe) -> BPETokenizer:
         raise ConfigError(f"tokenizer.path = {path!r}: {error}") from error
 
 
-def build_model(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower:
-    """Both towers with fresh weights (paper, section 2.5), on the current default device.
+def build_model(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower | LanguageModel:
+    """What the recipe trains, with fresh weights, on the current default device.
 
     Raises ConfigError where choices contradict each other.
+    """
+    return build_language_model(recipe, tokenizer) if recipe.is_language else build_two_tower(recipe, tokenizer)
+
+
+def build_two_tower(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower:
+    """Both towers of a CLIP (paper, section 2.5).
+
+    Raises ConfigError where choices contradict each other, or the recipe trains a text tower alone.
     """
     try:
         return TwoTower(
             image=build_image_tower(recipe),
             text=build_text_tower(recipe, tokenizer),
-            embed_dim=recipe.model.embed_dim,
-            init_temperature=recipe.model.init_temperature,
+            embed_dim=recipe.joint.embed_dim,
+            init_temperature=recipe.joint.init_temperature,
             init_logit_bias=recipe.loss.init_logit_bias if isinstance(recipe.loss, schema.Sigmoid) else None,
-            max_logit_scale=recipe.model.max_logit_scale,
+            max_logit_scale=recipe.joint.max_logit_scale,
         )
     except ValueError as error:
         raise ConfigError(f"the towers cannot be built: {error}") from error
 
 
+def build_language_model(recipe: Recipe, tokenizer: BPETokenizer) -> LanguageModel:
+    """A text tower with the head of its kind. Raises ConfigError where choices contradict each other."""
+    try:
+        tower = build_text_tower(recipe, tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"the text tower cannot be built: {error}") from error
+    return LanguageModel(tower, build_head(recipe.text.kind, tokenizer.vocab_size, tower.width))
+
+
+def build_head(kind: str, vocab_size: int, width: int) -> TiedHead | BertHead:
+    """What a language model of a text tower's kind has on top."""
+    if kind == "bert":
+        return BertHead(vocab_size, width)
+    return TiedHead(vocab_size, scale=width**-0.5 if kind == "t5" else 1.0)
+
+
 def build_image_tower(recipe: Recipe) -> Tower:
     """The image tower of the recipe's kind."""
-    image = recipe.image
+    image = recipe.vision
     arguments = image.model_dump(exclude={"kind"})
     match image:
         case VisionTransformer():
@@ -125,9 +155,19 @@ def build_text_tower(recipe: Recipe, tokenizer: BPETokenizer) -> TextTower:
             assert_never(text)
 
 
-def build_objective(recipe: Recipe) -> InfoNCE | Sigmoid:
-    """The loss."""
-    config = recipe.loss
+def build_objective(recipe: Recipe, tokenizer: BPETokenizer) -> Objective:
+    """The loss. Raises ConfigError where the vocabulary lacks what it needs."""
+    match recipe.loss:
+        case schema.MaskedLM() as config:
+            return build_masked_lm(config, tokenizer)
+        case schema.CausalLM():
+            return CausalLM()
+        case config:
+            return build_contrastive(config)
+
+
+def build_contrastive(config: schema.InfoNCE | schema.Sigmoid) -> InfoNCE | Sigmoid:
+    """A loss over pairs."""
     match config:
         case schema.InfoNCE():
             return InfoNCE(**config.model_dump(exclude={"kind"}))
@@ -137,7 +177,24 @@ def build_objective(recipe: Recipe) -> InfoNCE | Sigmoid:
             assert_never(config)
 
 
-def build_parallel(recipe: Recipe, model: TwoTower, process: Process) -> nn.Module:
+def build_masked_lm(config: schema.MaskedLM, tokenizer: BPETokenizer) -> MaskedLM:
+    """Masking for a vocabulary. Raises ConfigError where it has no MASK."""
+    if tokenizer.mask is None:
+        raise ConfigError(
+            "loss.kind = 'mlm' needs a vocabulary with a mask token, which OpenAI's has not: take tokenizer.path = "
+            "'default', or learn one (clip-train tokenizer train)"
+        )
+    vocabulary = tokenizer.vocabulary
+    return MaskedLM(
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask,
+        special_ids=tuple(sorted(set(vocabulary.special_ids.values()))),
+        rate=config.rate,
+        word_ends=np.array([t.endswith(END_OF_WORD) for t in vocabulary.tokens]) if config.whole_words else None,
+    )
+
+
+def build_parallel(recipe: Recipe, model: Model, process: Process) -> nn.Module:
     """The model on its device, spread over the processes; what is returned is what to call in training."""
     training = recipe.training
     arguments = training.parallel.model_dump(exclude={"kind"})
@@ -151,7 +208,7 @@ def build_parallel(recipe: Recipe, model: TwoTower, process: Process) -> nn.Modu
     )
 
 
-def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, model: Model) -> torch.optim.Optimizer:
     """The optimizer over the model's groups: with decay or without, and one for each learning rate."""
     config, parameters = recipe.optimizer, model.named_parameters()
     arguments: dict[str, Any] = config.model_dump(exclude={"kind", "layer_decay"})
@@ -169,20 +226,20 @@ def build_optimizer(recipe: Recipe, model: TwoTower) -> torch.optim.Optimizer:
             assert_never(config)
 
 
-def build_average(recipe: Recipe, model: TwoTower) -> WeightAverage | None:
+def build_average(recipe: Recipe, model: Model) -> WeightAverage | None:
     """The average of the weights, where the recipe keeps one."""
     config = recipe.training.ema
     return None if config is None else WeightAverage(model, **config.model_dump())
 
 
-def learning_rate_scales(recipe: Recipe, model: TwoTower) -> dict[str, float]:
+def learning_rate_scales(recipe: Recipe, model: Model) -> dict[str, float]:
     """Factors of the learning rate by parameter, where layers learn at different rates."""
     decay = recipe.optimizer.layer_decay
     if decay is None:
         return {}
     if isinstance(decay, LayerDecay):
-        return layer_scales(model, image=decay.image, text=decay.text)
-    return layer_scales(model, image=decay, text=decay)
+        return layer_scales(model, {"image": decay.image, "text": decay.text})
+    return layer_scales(model, {"image": decay, "text": decay})
 
 
 def share_of_work() -> Share | None:
@@ -218,7 +275,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 def build_preprocess(recipe: Recipe) -> Preprocess:
     """How a picture becomes the image tower's input."""
-    return Preprocess(size=recipe.image.image_size, **recipe.preprocess.model_dump())
+    return Preprocess(size=recipe.vision.image_size, **recipe.preprocess.model_dump())
 
 
 def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, world: int = 1) -> Stream:
@@ -231,15 +288,16 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
         [
             open_source(
                 name,
-                **source.model_dump(exclude={"augment"}),
-                augment=None if source.augment is None else build_augment(recipe, source),
+                **source.model_dump(exclude={"image", "augment"}),
+                image=None if recipe.image is None else source.image,
+                augment=None if recipe.image is None or source.augment is None else build_augment(recipe, source),
                 cache=build_cache(recipe),
                 show=rank == 0,
             )
             for name, source in data.sources.items()
         ],
         tokenizer,
-        build_augment(recipe),
+        None if recipe.image is None else build_augment(recipe),
         seed=recipe.training.seed,
         batch_size=data.batch_size,
         lanes=data.lanes,
@@ -255,7 +313,8 @@ def build_stream(recipe: Recipe, tokenizer: BPETokenizer, *, rank: int = 0, worl
 
 def build_stages(recipe: Recipe, tokenizer: BPETokenizer) -> list[Stage]:
     """The smaller sizes of the first steps. Raises ConfigError for captions longer than the vocabulary's cap."""
-    size, cap = recipe.image.image_size, tokenizer.context_length
+    size = None if recipe.image is None else recipe.image.image_size
+    cap = tokenizer.context_length
     stages = [
         Stage(stage.until_step, stage.image_size or size, stage.context_length or cap)
         for stage in recipe.training.stages
@@ -277,7 +336,7 @@ def build_loader(
     recipe: Recipe, stream: Stream, first_step: int, steps: int, *, pin_memory: bool = False
 ) -> Loader[Batch]:
     """Batches of the steps from `first_step` to the last of `steps`, read ahead by the recipe's workers."""
-    size = recipe.image.image_size
+    size = 0 if recipe.image is None else recipe.image.image_size
     return Loader(
         stream,
         range(first_step, steps),
@@ -295,7 +354,7 @@ def build_augment(recipe: Recipe, source: Source | None = None) -> Augment:
     if (chosen := arguments.pop("rand_augment")) is not None:
         arguments["rand_augment"] = RandAugment(**chosen)
     return Augment(
-        size=recipe.image.image_size,
+        size=recipe.vision.image_size,
         interpolation=recipe.preprocess.interpolation,
         scaled_decode=recipe.data.scaled_decode,
         **arguments,

@@ -233,7 +233,7 @@ def run_import(args: argparse.Namespace) -> int:
     )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"{args.out}: {recipe.image.kind} at {recipe.image.image_size} px, {parameters:,} parameters. Try: "
+        f"{args.out}: {recipe.vision.kind} at {recipe.vision.image_size} px, {parameters:,} parameters. Try: "
         f"clip-train eval {args.out}, or --set training.init={args.out} with a recipe",
         soft_wrap=True,
     )

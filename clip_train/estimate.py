@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from clip_train.build import build_model, build_stages, build_tokenizer
-from clip_train.config.schema import Recipe, ResNet, VisionTransformer
+from clip_train.build import build_stages, build_tokenizer, build_two_tower
+from clip_train.config.schema import InfoNCE, Recipe, ResNet, Sigmoid, VisionTransformer
 from clip_train.data.stages import Stage
+from clip_train.errors import ConfigError
 from clip_train.models.attention import SelfAttention
 from clip_train.models.base import Tower
 from clip_train.models.flops import forward_flops, parameter_count
@@ -75,9 +76,11 @@ def estimate(
     `tokens` is the mean caption length (default: the cap, as if nothing were trimmed); `samples` defaults to the
     recipe's steps times its batch, and is unknown where it counts epochs.
     """
+    if not isinstance(recipe.loss, InfoNCE | Sigmoid):
+        raise ConfigError(f"estimate counts pairs; loss.kind = {recipe.loss.kind!r} has none")
     tokenizer = build_tokenizer(recipe)
     with torch.device("meta"):
-        model = build_model(recipe, tokenizer)
+        model = build_two_tower(recipe, tokenizer)
     tokens = float(tokenizer.context_length) if tokens is None else tokens
     flops = forward_flops(model, tokens)
     training = training_flops(recipe, model, tokenizer, tokens)
@@ -98,7 +101,7 @@ def estimate(
         training_flops=training,
         state_bytes=parameters * (4 + 4 + moments + average + copies),
         activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(model.text, tokens))),
-        loss_bytes=logit_bytes(recipe.loss.impl, share, batch, "cuda") + 4 * recipe.model.embed_dim * 4 * batch,
+        loss_bytes=logit_bytes(recipe.loss.impl, share, batch, "cuda") + 4 * recipe.joint.embed_dim * 4 * batch,
         samples_per_second=devices * peak_flops * mfu / training,
         samples=samples or (recipe.training.steps * batch if recipe.training.steps else None),
     )
@@ -106,7 +109,7 @@ def estimate(
 
 def training_flops(recipe: Recipe, model: TwoTower, tokenizer: BPETokenizer, tokens: float) -> float:
     """FLOPs of a pair in a step, the mean over the steps of the run. All tokens of a caption count, as is usual."""
-    full = Stage(recipe.training.steps or 0, recipe.image.image_size, tokenizer.context_length)
+    full = Stage(recipe.training.steps or 0, recipe.vision.image_size, tokenizer.context_length)
     if not recipe.training.steps:  # counted in epochs, of data that nobody has looked at: as if all were of full size
         return 3 * forward_flops(model, tokens, training=True).total
     total, first = 0.0, 0
@@ -120,7 +123,7 @@ def training_flops(recipe: Recipe, model: TwoTower, tokenizer: BPETokenizer, tok
 
 def _image_activations(recipe: Recipe) -> float:
     """Values kept for backward of one picture."""
-    image = recipe.image
+    image = recipe.vision
     if isinstance(image, VisionTransformer):
         tokens = (image.image_size // image.patch_size) ** 2 * (1 - image.patch_dropout) + 1
         return image.layers * _block_activations(tokens, image.width, image.heads, image.mlp_ratio)

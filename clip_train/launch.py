@@ -22,6 +22,7 @@ from clip_train.errors import CheckpointError, ConfigError
 from clip_train.evaluation.embed import embed
 from clip_train.evaluation.run import evaluate
 from clip_train.loading import LoadedModel, load_checkpoint, read_recipe
+from clip_train.models.base import Model
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import unsharded
@@ -57,7 +58,8 @@ def run_recipe(
             write_environment(run_dir / "environment.json", process)
             mark_interrupted(run_dir, None, 0)
 
-        def evaluate_now(model: TwoTower, tokenizer: BPETokenizer, step: int) -> Mapping[str, float]:
+        def evaluate_now(model: Model, tokenizer: BPETokenizer, step: int) -> Mapping[str, float]:
+            assert isinstance(model, TwoTower)
             collectives.broadcast_buffers(model)
             loaded = LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, step)
             with unsharded(model):

@@ -16,6 +16,8 @@ from clip_train.config.load import parse_toml
 from clip_train.config.schema import Recipe
 from clip_train.data.transforms import Preprocess
 from clip_train.errors import CheckpointError
+from clip_train.models.base import Model, Tower
+from clip_train.models.language import LanguageModel
 from clip_train.models.two_tower import TwoTower
 from clip_train.training.checkpoint import Checkpoint, load_weights, read_checkpoint
 from tokenizer import BPETokenizer
@@ -74,9 +76,59 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, weights: Weigh
 def load_checkpoint(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", *, weights: Weights = "raw"
 ) -> LoadedModel:
-    """The model of a checkpoint that was read."""
-    recipe = read_recipe(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
+    """The model of a checkpoint that was read. Raises CheckpointError where it is of text alone."""
+    recipe, tokenizer, model = _read(checkpoint, weights)
+    if not isinstance(model, TwoTower):
+        raise CheckpointError(
+            f"{checkpoint.path}: is of a language model, which takes no pictures: clip_train.loading.load_text loads "
+            "it, and training.init_text starts a CLIP from it"
+        )
+    model.to(device).eval()
+    return LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, checkpoint.state.step)
+
+
+@dataclass(frozen=True)
+class LoadedText:
+    """A trained text tower, of a CLIP or of a language model, with its tokenizer."""
+
+    tower: Tower
+    tokenizer: BPETokenizer
+    recipe: Recipe
+    step: int
+
+
+def load_text(path: str | Path, device: str | torch.device = "cpu", *, weights: Weights = "raw") -> LoadedText:
+    """The text tower of a checkpoint of either kind, or of the newest one of a run folder, for inference.
+
+    Raises CheckpointError as `load`.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    recipe, tokenizer, model = _read(checkpoint, weights)
+    return LoadedText(model.towers["text"].to(device).eval(), tokenizer, recipe, checkpoint.state.step)
+
+
+@dataclass(frozen=True)
+class LoadedLanguageModel:
+    """A text tower with the head that it was trained with."""
+
+    model: LanguageModel
+    tokenizer: BPETokenizer
+    recipe: Recipe
+    step: int
+
+
+def load_language_model(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", *, weights: Weights = "raw"
+) -> LoadedLanguageModel:
+    """The language model of a checkpoint that was read. Raises CheckpointError where it is none."""
+    recipe, tokenizer, model = _read(checkpoint, weights)
+    if not isinstance(model, LanguageModel):
+        raise CheckpointError(f"{checkpoint.path}: is not of a language model; clip_train.load loads it")
+    return LoadedLanguageModel(model.to(device).eval(), tokenizer, recipe, checkpoint.state.step)
+
+
+def _read(checkpoint: Checkpoint, weights: Weights) -> tuple[Recipe, BPETokenizer, TwoTower | LanguageModel]:
+    recipe, tokenizer = read_recipe(checkpoint), load_tokenizer(checkpoint)
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
     load_weights(model, checkpoint, assign=True)
@@ -84,8 +136,7 @@ def load_checkpoint(
         if recipe.training.ema is None:
             raise CheckpointError(f"{checkpoint.path}: holds no averaged weights; runs with [training.ema] keep them")
         load_average(model, checkpoint)
-    model.to(device).eval()
-    return LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, checkpoint.state.step)
+    return recipe, tokenizer, model
 
 
 def read_recipe(checkpoint: Checkpoint) -> Recipe:
@@ -93,7 +144,7 @@ def read_recipe(checkpoint: Checkpoint) -> Recipe:
     return parse_toml(checkpoint.recipe_toml, where=str(checkpoint.path / "recipe.toml"))
 
 
-def load_average(model: TwoTower, checkpoint: Checkpoint) -> None:
+def load_average(model: Model, checkpoint: Checkpoint) -> None:
     """Put the averaged weights in the place of the trained ones; buffers stay."""
     averaged = checkpoint.average()
     if averaged.keys() != {name for name, _ in model.named_parameters()}:

@@ -20,15 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_train.bench.measure import conclude, machine
-from clip_train.build import build_model, build_objective, build_optimizer, build_tokenizer
+from clip_train.build import build_objective, build_optimizer, build_tokenizer, build_two_tower
 from clip_train.config import dump_recipe, load_recipe
 from clip_train.config.schema import Recipe
 from clip_train.models.two_tower import TwoTower
+from clip_train.objectives.base import Inputs
 from clip_train.runtime.process import Process, launched
 from clip_train.training.checkpoint import Companions, State
 from clip_train.training.optimizer import named_state
 from clip_train.training.saving import Saver
-from clip_train.training.update import Inputs, train_step
+from clip_train.training.update import train_step
 from tokenizer import BPETokenizer
 
 
@@ -48,8 +49,8 @@ class Bench:
     def of(cls, recipe: Recipe, process: Process, batch: int) -> Bench:
         torch.manual_seed(0)
         tokenizer = build_tokenizer(recipe)
-        model = build_model(recipe, tokenizer).to(process.device)
-        size = recipe.image.image_size
+        model = build_two_tower(recipe, tokenizer).to(process.device)
+        size = recipe.vision.image_size
         ids, lengths = tokenizer.encode_batch([f"a photo of picture number {number}" for number in range(batch)])
         inputs = Inputs(
             images=torch.randn(batch, 3, size, size, device=process.device),
@@ -64,7 +65,7 @@ class Bench:
         started = time.perf_counter()
         train_step(
             self.model,
-            build_objective(self.recipe),
+            build_objective(self.recipe, self.tokenizer),
             self.optimizer,
             self.inputs,
             self.process,

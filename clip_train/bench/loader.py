@@ -159,7 +159,7 @@ def our_batches(source: SourceData, augment: Augment, batch_size: int, workers: 
     tokenizer = BPETokenizer.from_openai(default_bpe())
     stream = Stream([source], tokenizer, augment, seed=0, batch_size=batch_size, threads=threads)
     for batch in Loader(stream, range(ENDLESS), workers=workers, prefetch=AHEAD):
-        yield normalize(batch.images, LOOK.mean, LOOK.std), batch.padded_ids(tokenizer.pad)
+        yield normalize(batch.pictures, LOOK.mean, LOOK.std), batch.padded_ids(tokenizer.pad)
 
 
 def open_clip_batches(shards: list[str], size: int, batch_size: int, workers: int) -> Iterator[object]:
@@ -191,7 +191,7 @@ def decode_only(source: SourceData, augment: Augment, batch_size: int, threads: 
     files, pool = ShardFiles(), ThreadPoolExecutor(threads)
 
     def one(number: int, shard: int, sample: int) -> None:
-        _, data = columns.read(files, source.indexes[shard], sample, source.image)
+        _, data = columns.read(files, source.indexes[shard], sample, source.pictures)
         if augment.scaled_decode:
             augment.part(data, uniform(0, number, np.arange(DRAWS)))
         else:
@@ -262,7 +262,7 @@ def report_psnr(source: SourceData, augment: Augment, console: Console, count: i
 def _files(source: SourceData, count: int) -> Iterator[bytes]:
     files = ShardFiles()
     for sample in range(min(count, len(source.indexes[0]))):
-        yield columns.read(files, source.indexes[0], sample, source.image)[1]
+        yield columns.read(files, source.indexes[0], sample, source.pictures)[1]
 
 
 def _describe(source: SourceData, console: Console) -> None:

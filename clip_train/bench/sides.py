@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_train.build import build_objective, build_optimizer, build_parallel
+from clip_train.build import build_contrastive, build_optimizer, build_parallel
 from clip_train.config.load import set_values
-from clip_train.config.schema import AdamW, Recipe, VisionTransformer
+from clip_train.config.schema import AdamW, InfoNCE, Recipe, Sigmoid, VisionTransformer
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
 from clip_train.export.open_clip import model_config
 from clip_train.export.open_clip_keys import to_open_clip
 from clip_train.models.two_tower import TwoTower
-from clip_train.objectives.base import Features
+from clip_train.objectives.base import Features, Inputs
 from clip_train.runtime.process import Process
-from clip_train.training.update import Inputs, train_step
+from clip_train.training.update import train_step
 from tokenizer import BPETokenizer
 
 EMBEDDED = [
@@ -50,8 +50,8 @@ def open_clip_model(recipe: Recipe, tokenizer: BPETokenizer, model: TwoTower) ->
     from open_clip.model import CLIP
 
     config = model_config(recipe, tokenizer)
-    if isinstance(recipe.image, VisionTransformer):  # which acts in training alone: no export has it
-        config["vision_cfg"]["patch_dropout"] = recipe.image.patch_dropout
+    if isinstance(recipe.vision, VisionTransformer):  # which acts in training alone: no export has it
+        config["vision_cfg"]["patch_dropout"] = recipe.vision.patch_dropout
     peer = CLIP(**config, output_dict=True)
     peer.load_state_dict(to_open_clip(model.state_dict()), strict=True)
     return peer
@@ -65,7 +65,7 @@ def peer_inputs(recipe: Recipe, batch: Batch, tokenizer: BPETokenizer) -> tuple[
     ids[:, : padded.shape[1]] = padded
     # open_clip finds EOT as the largest id.
     assert bool((ids.argmax(dim=1) + 1 == batch.lengths).all()), "EOT is not the largest id of a caption"
-    return normalize(batch.images, look.mean, look.std), ids
+    return normalize(batch.pictures, look.mean, look.std), ids
 
 
 @dataclass
@@ -82,14 +82,15 @@ class OurSide:
         self.wrapped = build_parallel(self.recipe, self.model, self.process)
         self.optimizer = build_optimizer(self.recipe, self.model)
         # open_clip's loss knows no captions that are equal.
-        self.objective = replace(build_objective(self.recipe), equal_captions_positive=False)
+        assert isinstance(self.recipe.loss, InfoNCE | Sigmoid)
+        self.objective = replace(build_contrastive(self.recipe.loss), equal_captions_positive=False)
         self.model.train()
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
         """In fp32, in evaluation mode, in which nothing is drawn."""
         look, device = self.recipe.preprocess, self.process.device
-        images = normalize(batch.images.to(device), look.mean, look.std)
+        images = normalize(batch.pictures.to(device), look.mean, look.std)
         self.model.eval()
         ids = batch.padded_ids(self.tokenizer.pad).to(device)
         image, text, *scalars = self.model(images, ids, batch.lengths.long())
@@ -109,7 +110,7 @@ class OurSide:
             self.objective,
             self.optimizer,
             Inputs(
-                images=normalize(batch.images.to(device), look.mean, look.std),
+                images=normalize(batch.pictures.to(device), look.mean, look.std),
                 ids=ids.to(device),
                 lengths=lengths,
                 groups=batch.groups.to(device),
@@ -121,7 +122,7 @@ class OurSide:
             micro_batch=self.recipe.training.micro_batch,
             gradient_clip=self.recipe.training.gradient_clip,
         )
-        self.model.clamp_logit_scale_()
+        self.model.after_update_()
         return result.loss
 
 

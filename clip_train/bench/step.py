@@ -20,7 +20,7 @@ from rich.table import Table
 from clip_train.bench.measure import conclude, machine, median_ratio
 from clip_train.bench.sides import EMBEDDED, OpenClipSide, OurSide, peer_inputs, with_adamw
 from clip_train.bench.worker import Worker, finish, interleave_workers, peak_memory, resident_bytes
-from clip_train.build import build_model, build_stream, build_tokenizer
+from clip_train.build import build_stream, build_tokenizer, build_two_tower
 from clip_train.config import load_recipe
 from clip_train.config.load import set_values
 from clip_train.config.schema import Recipe
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     peak = measured_peak_flops(device, recipe.training.precision, seconds=1.0)
     tokenizer = build_tokenizer(recipe)
     with torch.device("meta"):
-        model = build_model(recipe, tokenizer)
+        model = build_two_tower(recipe, tokenizer)
     cap = float(tokenizer.context_length)
     rows: list[Row] = []
     for name, tokens in (("open_clip", cap), ("clip-train", cap if args.pad else captions / samples)):
@@ -207,6 +207,6 @@ def begin(recipe: Recipe, steps: int) -> tuple[TwoTower, BPETokenizer, list[Batc
     """The weights both sides start from, and their batches."""
     tokenizer = build_tokenizer(recipe)
     torch.manual_seed(recipe.training.seed)
-    model = build_model(recipe, tokenizer)
+    model = build_two_tower(recipe, tokenizer)
     stream = build_stream(recipe, tokenizer)
     return model, tokenizer, [stream[step] for step in range(steps)]

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clip_train.bench.measure import conclude, interleave, machine, median_ratio
-from clip_train.build import build_model, build_preprocess, build_tokenizer
+from clip_train.build import build_preprocess, build_tokenizer, build_two_tower
 from clip_train.config import load_recipe
 from clip_train.errors import UserError
 from clip_train.evaluation.zeroshot import class_embeddings
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     tokenizer = build_tokenizer(recipe)
     torch.manual_seed(0)
-    loaded = LoadedModel(build_model(recipe, tokenizer).eval(), build_preprocess(recipe), tokenizer, recipe, 0)
+    loaded = LoadedModel(build_two_tower(recipe, tokenizer).eval(), build_preprocess(recipe), tokenizer, recipe, 0)
     names = list(open_clip.IMAGENET_CLASSNAMES[: args.classes])
     templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     with tempfile.TemporaryDirectory() as folder:

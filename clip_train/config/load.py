@@ -207,7 +207,7 @@ def _anchor_paths(tree: Tree, folder: Path) -> None:
         if isinstance(task.get("templates"), str):
             anchor_in(task, "templates")
     anchor_in(tree.get("tokenizer"), "path")
-    anchor_in(tree.get("training"), "init")
+    anchor_in(tree.get("training"), "init", "init_text", "init_image")
 
 
 def _tables(tree: Tree, *path: str) -> list[Tree]:
@@ -237,6 +237,8 @@ def _explain(problem: dict[str, Any]) -> str:
         "muon",
         "infonce",
         "sigmoid",
+        "mlm",
+        "clm",
     }
     loc = [str(part) for part in problem["loc"]]
     key = ".".join(part for i, part in enumerate(loc) if not (i in (1, 3) and part in tags and loc[i - 1] != "kind"))

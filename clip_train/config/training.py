@@ -34,6 +34,22 @@ class Sigmoid(Section):
     `model.init_temperature = 0.1`."""
 
 
+class MaskedLM(Section):
+    """Text alone: tell hidden tokens from all others. A bidirectional tower with BERT's or a plain tied head."""
+
+    kind: Literal["mlm"] = "mlm"
+    rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of the tokens that are to be told: 80 % of them are masked, 10 % are others, 10 % stay."""
+    whole_words: bool = False
+    """Hide all tokens of a word together."""
+
+
+class CausalLM(Section):
+    """Text alone: tell each token from those before it. A causal tower."""
+
+    kind: Literal["clm"] = "clm"
+
+
 class LayerDecay(Section):
     """Learning rate of a layer relative to the next one, for each tower; 1 leaves a tower alone."""
 
@@ -166,19 +182,35 @@ class Stage(Section):
     """Longest caption in tokens: SOT, its first tokens, EOT."""
 
 
+class Lock(Section):
+    """Towers that keep the weights they start with, or all but their last blocks (LiT, Zhai et al. 2022). The
+    projections and the temperature are always trained."""
+
+    image: Literal["all"] | PositiveInt | None = None
+    """`all`, or how many of the last blocks, with what lies behind them, are still trained."""
+    text: Literal["all"] | PositiveInt | None = None
+    """As `image`."""
+
+    @model_validator(mode="after")
+    def _acts(self) -> Lock:
+        if self.image is None and self.text is None:
+            raise ValueError("training.lock locks nothing: give image or text, 'all' or a number of blocks")
+        return self
+
+
 class Training(Section):
     """The loop."""
 
-    steps: PositiveInt | None = None
-    """Optimizer steps of the whole run; resuming does not change it."""
+    steps: NonNegativeInt | None = None
+    """Optimizer steps of the whole run; resuming does not change it. 0 saves the model as it begins."""
     epochs: PositiveInt | None = None
     """In place of `steps`: passes over all samples. The last batch is filled up from the pass that would follow."""
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the towers; weights, optimizer, features and loss stay fp32. fp16 scales the loss."""
     micro_batch: PositiveInt | None = None
-    """Pairs a process holds activations for. A smaller one than its share turns on gradient caching: the
-    loss still sees every negative of the global batch."""
+    """Samples a process holds activations for. A smaller one than its share turns on gradient caching for contrastive
+    losses, which still see every negative of the global batch, and adds gradients up for the others."""
     gradient_clip: PositiveFloat | None = None
     """Largest norm of the gradient."""
     deterministic: bool = False
@@ -188,6 +220,12 @@ class Training(Section):
     init: str | None = None
     """Run folder or checkpoint whose weights the first step starts from: fine-tuning, also of imported models. Position
     embeddings are interpolated where sizes differ."""
+    init_text: str | None = None
+    """Run folder or checkpoint, also of a language model, whose text tower this one starts from; after `init`."""
+    init_image: str | None = None
+    """Run folder or checkpoint whose image tower this one starts from; after `init`."""
+    lock: Lock | None = None
+    """What keeps the weights it starts with."""
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute it again in the backward pass: a third more work, far less
     memory."""

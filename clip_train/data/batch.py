@@ -35,8 +35,8 @@ class BadSample(NamedTuple):
 class Batch:
     """One rank's rows of a global batch. `b` rows, `T` ids in all."""
 
-    images: Tensor
-    """(b, 3, S, S) uint8."""
+    images: Tensor | None
+    """(b, 3, S, S) uint8; None in a run without pictures."""
     ids: Tensor
     """(T,) int32, the captions' ids one after another."""
     lengths: Tensor
@@ -56,6 +56,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def pictures(self) -> Tensor:
+        """`images` of a run that has them."""
+        assert self.images is not None
+        return self.images
+
     def padded_ids(self, pad: int) -> Tensor:
         """(b, longest) int64, filled up with `pad`."""
         longest = int(self.lengths.max())
@@ -73,13 +79,14 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """This batch with its tensors on a device."""
-        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self._tensors().items()})
+        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()})
 
     def pin_memory(self, device: Any = None) -> Batch:
         """This batch in page-locked memory (called by torch's DataLoader)."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 

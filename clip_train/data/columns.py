@@ -138,7 +138,12 @@ def read_label(column: Column, data: bytes) -> int | str:
 
 
 def check_columns(
-    index: ShardIndex, *, image: str, caption: str | None = None, label: str | None = None, contents: bool = True
+    index: ShardIndex,
+    *,
+    image: str | None = None,
+    caption: str | None = None,
+    label: str | None = None,
+    contents: bool = True,
 ) -> None:
     """Stop at once where a shard cannot have a column: `check_columns(index, image="jpg;png",
     caption="txt")`.

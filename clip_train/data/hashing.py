@@ -1,6 +1,6 @@
 """Random numbers that are functions of what they are for, not of when they are drawn.
 
-Everything random about the data (the order, a crop, the choice of a caption, a substitute) is
+Everything random about the data (the order, a crop, the choice of a caption, a substitute, a masked token) is
 `mix(seed, purpose, where...)`: SplitMix64 folded over integers. There is no generator whose state would have
 to be saved, so any step can be worked out by itself on any process, and the result depends neither on numpy's
 version nor on the machine.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Purposes: the second argument of every `mix`, so that no two uses share their numbers.
-SHARDS, WINDOW, ROWS, CAPTION, AUGMENT, SUBSTITUTE, DRAW, TURN = range(1, 9)
+SHARDS, WINDOW, ROWS, CAPTION, AUGMENT, SUBSTITUTE, DRAW, TURN, MASK, MASK_COUNT, MASK_KIND, MASK_ID = range(1, 13)
 
 
 def mix(*parts: Any) -> NDArray[np.uint64]:

@@ -20,8 +20,8 @@ class Stage:
     """The sizes of the steps before `until_step`."""
 
     until_step: int
-    image_size: int
-    """Pixels of a side."""
+    image_size: int | None
+    """Pixels of a side; None in a run without pictures."""
     context_length: int
     """Longest caption in tokens, SOT and EOT included."""
 

@@ -50,12 +50,19 @@ class SourceData:
 
     name: str
     indexes: list[ShardIndex]
-    image: tuple[Column, ...]
+    image: tuple[Column, ...] | None
+    """None where no picture is read."""
     caption: tuple[Column, ...]
     caption_choice: CaptionChoice
     weight: float | None
     augment: Augment | None = None
     """Its own random views, in place of the shared ones."""
+
+    @property
+    def pictures(self) -> tuple[Column, ...]:
+        """`image` of a source whose pictures are read."""
+        assert self.image is not None
+        return self.image
 
     @property
     def counts(self) -> list[int]:
@@ -66,7 +73,7 @@ class SourceData:
 def open_source(
     name: str,
     shards: str | list[str],
-    image: str = "jpg;jpeg;png;webp",
+    image: str | None = "jpg;jpeg;png;webp",
     caption: str = "txt",
     caption_choice: CaptionChoice = "first",
     weight: float | None = None,
@@ -78,6 +85,7 @@ def open_source(
     """Find, index and check a source's shards. No picture is read. Arguments as `[data.sources.NAME]`.
 
     Args:
+        image: None reads no pictures, and shards need have none.
         cache: where shards from elsewhere are kept; by default `Cache()`.
         show: draw a progress bar on a terminal.
 
@@ -87,7 +95,8 @@ def open_source(
     indexes = index_all(resolve(shards, relative_to), cache, show)
     for number, one in enumerate(indexes):  # of shards that would have to be fetched for it, the first is read
         columns.check_columns(one, image=image, caption=caption, contents=number == 0 or one.at_hand())
-    return SourceData(name, indexes, columns.parse(image), columns.parse(caption), caption_choice, weight, augment)
+    pictures = None if image is None else columns.parse(image)
+    return SourceData(name, indexes, pictures, columns.parse(caption), caption_choice, weight, augment)
 
 
 class Stream(torch.utils.data.Dataset[Batch]):
@@ -96,7 +105,8 @@ class Stream(torch.utils.data.Dataset[Batch]):
     Args:
         sources: one or more sources. Their weights are all given, or none.
         tokenizer: anything with `encode_counting_cuts`.
-        augment: the random views of sources without their own; its `size` is the pictures' side.
+        augment: the random views of sources without their own; its `size` is the pictures' side. None reads no
+            pictures.
         seed: all order and augmentation is a function of it.
         batch_size: samples in a global batch.
         lanes, window, sampling: see `clip_train.data.order`.
@@ -114,7 +124,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         self,
         sources: Sequence[SourceData],
         tokenizer: Tokenizer,
-        augment: Augment,
+        augment: Augment | None,
         *,
         seed: int,
         batch_size: int,
@@ -169,6 +179,9 @@ class Stream(torch.utils.data.Dataset[Batch]):
     def _at(self, stage: Stage) -> Stream:
         """The same samples and draws, at a stage's sizes."""
         other = copy.copy(self)
+        other.tokenizer = Shortened(self.tokenizer, stage.context_length)
+        if self.augment is None or stage.image_size is None:
+            return other
         other.augment = replace(self.augment, size=stage.image_size)
         own = {source.name: source.augment for source in self.sources}
         other.sources = [
@@ -177,7 +190,6 @@ class Stream(torch.utils.data.Dataset[Batch]):
             else replace(source, augment=replace(view, size=stage.image_size))
             for source in self.sources
         ]
-        other.tokenizer = Shortened(self.tokenizer, stage.context_length)
         return other
 
     def _batch(self, step: int) -> Batch:
@@ -188,10 +200,13 @@ class Stream(torch.utils.data.Dataset[Batch]):
             later = self.order.rows(step + _AHEAD, rows.start, rows.stop)
             self._prefetcher.want(dict.fromkeys(self._index(position) for position in [*positions, *later]))
         draws, choices = self._draws(positions)  # of all at once: many times faster than one by one
-        images = torch.empty((local, 3, self.augment.size, self.augment.size), dtype=torch.uint8)
+        size = None if self.augment is None else self.augment.size
+        images = None if size is None else torch.empty((local, 3, size, size), dtype=torch.uint8)
 
         def fill(row: int) -> tuple[Position, list[str], list[BadSample]]:
-            position, images[row], texts, skipped = self._usable(positions[row], draws[row], choices[row : row + 1])
+            position, view, texts, skipped = self._usable(positions[row], draws[row], choices[row : row + 1])
+            if images is not None and view is not None:
+                images[row] = view
             return position, texts, skipped
 
         filled = self._threads.map(fill, range(local))
@@ -199,7 +214,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
         captions = [texts[int(choice) % len(texts)] for (_, texts, _), choice in zip(filled, choices, strict=True)]
         ids, lengths, cut = self.tokenizer.encode_counting_cuts(captions)
         return Batch(
-            images=self._views(images, draws, positions),
+            images=None if images is None else self._views(images, draws, positions),
             ids=torch.from_numpy(ids.astype(np.int32, copy=False)),
             lengths=torch.from_numpy(lengths.astype(np.int32, copy=False)),
             groups=groups(captions),
@@ -226,7 +241,9 @@ class Stream(torch.utils.data.Dataset[Batch]):
         return found
 
     def _augment(self, position: Position) -> Augment:
-        return self.sources[position.source].augment or self.augment
+        augment = self.sources[position.source].augment or self.augment
+        assert augment is not None  # asked for where there are pictures
+        return augment
 
     def _views(self, images: Tensor, draws: NDArray[np.float64], positions: Sequence[Position]) -> Tensor:
         """What random views do to whole batches, for each source's view on its own rows."""
@@ -240,7 +257,7 @@ class Stream(torch.utils.data.Dataset[Batch]):
 
     def _usable(
         self, position: Position, draws: NDArray[np.float64], choice: NDArray[np.uint64]
-    ) -> tuple[Position, Tensor, list[str], list[BadSample]]:
+    ) -> tuple[Position, Tensor | None, list[str], list[BadSample]]:
         """The view and captions of the sample at a position or, where it is bad, of the first good one of its
         substitutes, whose random numbers are put in place of the position's. With it, what was skipped.
         """
@@ -273,11 +290,14 @@ class Stream(torch.utils.data.Dataset[Batch]):
     def _index(self, position: Position) -> ShardIndex:
         return self.sources[position.source].indexes[position.shard]
 
-    def _view(self, position: Position, draws: NDArray[np.float64]) -> Tensor:
+    def _view(self, position: Position, draws: NDArray[np.float64]) -> Tensor | None:
+        column = self.sources[position.source].image
+        if self.augment is None or column is None:
+            return None
         augment, place = self._augment(position), position[:3]
         if self._decoded is not None and (kept := self._decoded.get(place)) is not None:
             return augment.crop(kept, draws)
-        _, data = columns.read(self._files, self._index(position), position.sample, self.sources[position.source].image)
+        _, data = columns.read(self._files, self._index(position), position.sample, column)
         if self._decoded is None:
             return augment.view(data, draws)
         pixels = decode(data)

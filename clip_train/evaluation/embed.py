@@ -132,7 +132,7 @@ def _embed_shard(
     keys: list[str] = []
     captions: list[str] = []
     bad: list[BadSample] = []
-    dimensions = loaded.recipe.model.embed_dim
+    dimensions = loaded.recipe.joint.embed_dim
     images = [np.empty((0, dimensions), np.float32)]
     texts = [np.empty((0, dimensions), np.float32)]
     look = loaded.preprocess
@@ -168,7 +168,7 @@ def _claim(
         "step": loaded.step,
         "logit_scale": float(loaded.model.logit_scale.detach().exp()),
         "tokenizer": loaded.tokenizer.fingerprint,
-        "dimensions": loaded.recipe.model.embed_dim,
+        "dimensions": loaded.recipe.joint.embed_dim,
         "image": image,
         "caption": caption,
         "dtype": dtype,

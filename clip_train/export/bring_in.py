@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clip_train import __version__
-from clip_train.build import build_model
+from clip_train.build import build_two_tower
 from clip_train.config.load import dump_recipe, load_recipe, parse_recipe
 from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError
@@ -83,7 +83,7 @@ def model_of(foreign: Foreign, recipe: Recipe) -> TwoTower:
         CheckpointError: tensors are missing, left over, or of another shape.
     """
     with torch.device("meta"):
-        model = build_model(recipe, foreign.tokenizer)
+        model = build_two_tower(recipe, foreign.tokenizer)
     # BatchNorm's counter is an integer; everything was read as fp32.
     state = {name: t.long() if name.endswith("num_batches_tracked") else t for name, t in foreign.state.items()}
     load_tensors(model, state, where="imported weights", assign=True)

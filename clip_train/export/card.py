@@ -46,9 +46,9 @@ def model_card(loaded: LoadedModel, target: str, source: Path, parity: Parity) -
         "",
         recipe.description or "A contrastive image-text model.",
         "",
-        f"Image tower `{recipe.image.kind}` at {loaded.preprocess.size} px, text tower "
+        f"Image tower `{recipe.vision.kind}` at {loaded.preprocess.size} px, text tower "
         f"`{recipe.text.kind}` ({getattr(recipe.text, 'attention', 'bidirectional')}) with pool "
-        f"`{recipe.text.pool}`, {recipe.model.embed_dim} dimensions, {parameters:,} parameters, step "
+        f"`{recipe.text.pool}`, {recipe.joint.embed_dim} dimensions, {parameters:,} parameters, step "
         f"{loaded.step:,}. Vocabulary of {tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens a "
         f"caption, fingerprint `{tokenizer.fingerprint[:16]}`.",
         "",

@@ -54,11 +54,11 @@ def model_config(recipe: Recipe, tokenizer: BPETokenizer) -> dict[str, Any]:
     Raises:
         ExportError: open_clip cannot express a tower.
     """
-    text, image = clips_text(recipe, "open_clip"), recipe.image
+    text, image = clips_text(recipe, "open_clip"), recipe.vision
     if getattr(image, "activation", text.activation) != text.activation:
         raise ExportError("open_clip has one activation for both towers, this model has two. Export it to onnx")
     return {
-        "embed_dim": recipe.model.embed_dim,
+        "embed_dim": recipe.joint.embed_dim,
         "vision_cfg": _vision_config(image),
         "text_cfg": {
             "context_length": tokenizer.context_length,

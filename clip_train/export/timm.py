@@ -47,7 +47,7 @@ def write_timm(loaded: LoadedModel, out: Path) -> None:
     import timm
 
     name, arguments = architecture(loaded)
-    embed_dim, look = loaded.recipe.model.embed_dim, loaded.preprocess
+    embed_dim, look = loaded.recipe.joint.embed_dim, loaded.preprocess
     model: Any = timm.create_model(name, num_classes=embed_dim, **arguments)
     state = {key.removeprefix("image."): tensor for key, tensor in loaded.model.state_dict().items()
              if key.startswith("image.")}  # fmt: skip
@@ -88,7 +88,7 @@ def architecture(loaded: LoadedModel) -> tuple[str, dict[str, Any]]:
     Raises:
         ExportError: timm has none.
     """
-    image = loaded.recipe.image
+    image = loaded.recipe.vision
     if isinstance(image, Timm):
         assert isinstance(loaded.model.image, TimmTower)
         return image.name, loaded.model.image.arguments

@@ -54,7 +54,7 @@ def build_transformers(loaded: LoadedModel) -> Any:
         raise ExportError(
             "transformers' CLIP has no logit bias, which loss.kind = 'sigmoid' learns. Export to open_clip"
         )
-    image, embed_dim = recipe.image, recipe.model.embed_dim
+    image, embed_dim = recipe.vision, recipe.joint.embed_dim
     if isinstance(image, VisionTransformer) and image.pool == "cls":
         vision = {
             "hidden_size": image.width,
@@ -94,7 +94,7 @@ def text_config(loaded: LoadedModel) -> Any:
         vocab_size=tokenizer.vocab_size,
         hidden_size=text.width,
         intermediate_size=int(text.width * text.mlp_ratio),
-        projection_dim=loaded.recipe.model.embed_dim,
+        projection_dim=loaded.recipe.joint.embed_dim,
         num_hidden_layers=text.layers,
         num_attention_heads=text.heads,
         max_position_embeddings=tokenizer.context_length,
@@ -159,5 +159,5 @@ def load_transformers(out: Path) -> Peer:
 
 
 def _name(recipe: Recipe) -> str:
-    pool = getattr(recipe.image, "pool", None)
-    return recipe.image.kind + (f" with pool {pool!r}" if pool else "")
+    pool = getattr(recipe.vision, "pool", None)
+    return recipe.vision.kind + (f" with pool {pool!r}" if pool else "")

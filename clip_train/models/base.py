@@ -5,8 +5,9 @@ Shapes: `B` batch, `L` tokens, `W` width of the tower.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -45,3 +46,44 @@ class Tower(nn.Module):
         the one-dimensional parameters, a class embedding among them. Token and position embeddings decay.
         """
         return {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+
+
+class Model(nn.Module):
+    """Base of what is trained: towers, and what joins them or stands on them.
+
+    All that wrapping, optimizers and the loop read; none of them knows which model it is.
+    """
+
+    reads_every_token: bool = False
+    """Whether training reads all tokens of a tower, not its pooled vector alone."""
+
+    @property
+    def towers(self) -> Mapping[str, Tower]:
+        """By the name of the attribute that holds each."""
+        raise NotImplementedError
+
+    @property
+    def target_flops(self) -> float:
+        """FLOPs, forward, of what stands on a tower, for each token that is to be told."""
+        return 0.0
+
+    def after_update_(self) -> None:
+        """What must hold of the weights after every update."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's, but a BatchNorm whose gains are locked keeps normalising by its running statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and _is_locked(module):  # pyright: ignore[reportPrivateUsage]
+                module.eval()
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: what the towers say, and vectors everywhere."""
+        names = {f"{prefix}.{name}" for prefix, tower in self.towers.items() for name in tower.no_weight_decay()}
+        return names | {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+
+
+def _is_locked(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

@@ -6,21 +6,22 @@ Shapes: `B` batch, `L` longest caption, `W` a tower's width, `D` size of the joi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_train.models.base import Tower, TowerOutput
+from clip_train.models.base import Model, Tower, TowerOutput
 
 
-class TwoTower(nn.Module):
+class TwoTower(Model):
     """An image tower and a text tower, each projected linearly into a joint space of `embed_dim` dimensions.
 
     Args:
         init_temperature: `logit_scale` starts at the log of its inverse.
         init_logit_bias: where `logit_bias` starts, which exists only then: for losses that add a bias to the logits.
-        max_logit_scale: what `clamp_logit_scale_` clamps `exp(logit_scale)` to.
+        max_logit_scale: what `after_update_` clamps `exp(logit_scale)` to.
     """
 
     def __init__(
@@ -40,6 +41,11 @@ class TwoTower(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / init_temperature)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
         self.max_logit_scale = max_logit_scale
+
+    @property
+    def towers(self) -> Mapping[str, Tower]:
+        """Both."""
+        return {"image": self.image, "text": self.text}
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """`images` `(B, 3, H, W)` float, normalised -> features `(B, D)` fp32, of unit length by default."""
@@ -61,15 +67,9 @@ class TwoTower(nn.Module):
         return self.encode_image(images), self.encode_text(ids, lengths), *scalars
 
     @torch.no_grad()
-    def clamp_logit_scale_(self) -> None:
-        """Keep `exp(logit_scale)` at `max_logit_scale` or below (section 2.5); call it after each update."""
+    def after_update_(self) -> None:
+        """Keep `exp(logit_scale)` at `max_logit_scale` or below (section 2.5)."""
         self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: the towers', biases and the logit scale."""
-        names = {f"image.{name}" for name in self.image.no_weight_decay()}
-        names |= {f"text.{name}" for name in self.text.no_weight_decay()}
-        return names | {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
 
 
 def _projection(tower: Tower, embed_dim: int) -> nn.Linear:

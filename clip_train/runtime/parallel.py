@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_train.errors import ConfigError
-from clip_train.models.two_tower import TwoTower
+from clip_train.models.base import Model
 from clip_train.runtime.compilation import compile_blocks
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import recompute_blocks
@@ -48,7 +48,7 @@ class Sharded:
 
 
 def parallelize(
-    model: TwoTower,
+    model: Model,
     process: Process,
     strategy: Replicated | Sharded = Replicated(),
     *,
@@ -85,12 +85,12 @@ def parallelize(
     return model
 
 
-def blocks_of(model: TwoTower) -> list[nn.Module]:
-    """The blocks of both towers, in order."""
-    return [*model.image.blocks, *model.text.blocks]
+def blocks_of(model: Model) -> list[nn.Module]:
+    """The blocks of all towers, in order."""
+    return [block for tower in model.towers.values() for block in tower.blocks]
 
 
-def replicate(model: TwoTower, process: Process, strategy: Replicated) -> DistributedDataParallel:
+def replicate(model: Model, process: Process, strategy: Replicated) -> DistributedDataParallel:
     """DDP; gradients live in the buckets that are sent."""
     wrapped = DistributedDataParallel(
         model,
@@ -105,13 +105,13 @@ def replicate(model: TwoTower, process: Process, strategy: Replicated) -> Distri
     return wrapped
 
 
-def synchronize_batch_norm(model: TwoTower, process: Process) -> None:
+def synchronize_batch_norm(model: Model, process: Process) -> None:
     """BatchNorm over the rows of all processes. Raises ConfigError where there is none, or no kernel for it."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
         raise ConfigError("training.sync_batch_norm: this model has no BatchNorm")
     if process.device.type != "cuda":
         raise ConfigError("training.sync_batch_norm: torch's SyncBatchNorm runs on GPUs only")
-    for tower in (model.image, model.text):
+    for tower in model.towers.values():
         nn.SyncBatchNorm.convert_sync_batchnorm(tower)
 
 

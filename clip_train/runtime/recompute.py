@@ -9,12 +9,12 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip_train.models.two_tower import TwoTower
+from clip_train.models.base import Model
 
 
-def recompute_blocks(model: TwoTower) -> None:
+def recompute_blocks(model: Model) -> None:
     """Keep only the input of each block; the same random numbers are drawn when it is computed again."""
-    for tower in (model.image, model.text):
+    for tower in model.towers.values():
         for block in tower.blocks:
             # On the instance: names of parameters, which checkpoints and optimizers go by, stay as they are.
             block.forward = partial(

@@ -46,6 +46,8 @@ FREE = (
     "training.steps",
     "training.epochs",
     "training.init",  # what the first step started from; a checkpoint goes on from itself
+    "training.init_text",
+    "training.init_image",
 )
 CHANGEABLE = ("data", "training", "optimizer", "schedule", "loss", "preprocess")
 """Sections that `--allow-changed` may name; the weights fit no other towers and no other vocabulary."""

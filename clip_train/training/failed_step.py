@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from clip_train.build import build_objective
 from clip_train.data.batch import Batch
 from clip_train.errors import TrainingError
+from clip_train.objectives.base import Inputs
 from clip_train.runtime import collectives
 from clip_train.training.faults import gradient_norms, running_statistics, write_failed_step
 from clip_train.training.setup import Run
-from clip_train.training.update import Inputs, backward
+from clip_train.training.update import backward
 
 
 def watch_loss(run: Run, batch: Batch, loss: float) -> None:
@@ -45,9 +45,14 @@ def stop_and_keep(run: Run, batch: Batch, inputs: Inputs, lr: float, keep: Calla
     run.optimizer.zero_grad(set_to_none=True)
     statistics = running_statistics(run.wrapped)
     before = [buffer.clone() for buffer in statistics]
-    objective = build_objective(run.recipe)
-    loss, _ = backward(
-        run.wrapped, objective, inputs, run.process, step=run.step, seed=training.seed, micro_batch=training.micro_batch
+    loss = backward(
+        run.wrapped,
+        run.objective,
+        inputs,
+        run.process,
+        step=run.step,
+        seed=training.seed,
+        micro_batch=training.micro_batch,
     )
     for buffer, value in zip(statistics, before, strict=True):
         buffer.copy_(value)

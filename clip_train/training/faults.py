@@ -154,5 +154,5 @@ def write_failed_step(
         "sources": batch.sources,
     }
     (folder / f"rank_{rank}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: getattr(batch, name).contiguous() for name in ("images", "ids", "lengths", "groups", "rows")}
+    tensors = {name: tensor.contiguous() for name, tensor in batch.tensors().items()}
     save_file(tensors, folder / f"rank_{rank}.safetensors")

@@ -1,4 +1,5 @@
-"""Starting from another run's weights: fine-tuning, also at another picture size or caption length.
+"""Starting from another run's weights, all of them or a tower's: fine-tuning, also at another picture size or caption
+length, and CLIPs whose text tower learned from text first.
 
 Only position embeddings may differ in shape. A ViT's or ResNet's grid of positions is resized (bicubic, antialiased, as
 open_clip and timm do), its class token's kept; a text table is cut, or stretched linearly to a longer cap.
@@ -12,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from clip_train.errors import CheckpointError
+from clip_train.models.base import Model
 from clip_train.models.positions import resample_grid
-from clip_train.training.checkpoint import load_tensors, read_checkpoint
+from clip_train.training.checkpoint import Checkpoint, load_tensors, read_checkpoint
 from tokenizer import BPETokenizer
 
-POSITIONS = ("image.positional_embedding", "image.attention_pool.positional_embedding", "text.positional_embedding")
+POSITIONS = ("positional_embedding", "attention_pool.positional_embedding")
+"""Of a tower, the tables that may have another size."""
+OWN_POOLS = ("attention_pool.",)
+"""Of a text tower, what stands behind its tokens: fresh where the other tower pooled without weights, left away where
+this one does."""
 
 
-def load_initial(model: nn.Module, path: Path, *, tokenizer: BPETokenizer, notify: Callable[[str], Any]) -> None:
+def load_initial(model: Model, path: Path, *, tokenizer: BPETokenizer, notify: Callable[[str], Any]) -> None:
     """Load the weights of a run folder or checkpoint into the model.
 
     Args:
@@ -34,24 +40,74 @@ def load_initial(model: nn.Module, path: Path, *, tokenizer: BPETokenizer, notif
         CheckpointError: another vocabulary, or a tensor that does not fit and is no position embedding.
     """
     checkpoint = read_checkpoint(path)
+    _check_vocabulary(checkpoint, tokenizer, "training.init")
+    tensors = checkpoint.model()
+    for prefix in model.towers:
+        _fit_positions(tensors, model.state_dict(), prefix, path, notify, within=f"{prefix}.")
+    load_tensors(model, tensors, where=str(checkpoint.path))
+    notify(f"starting from the weights of {checkpoint.path}")
+
+
+def load_initial_tower(
+    model: Model, prefix: str, path: Path, *, tokenizer: BPETokenizer, notify: Callable[[str], Any]
+) -> None:
+    """Load the weights of one tower, `text` or `image`, of a run folder or checkpoint that has such a tower.
+
+    Arguments as `load_initial`. A text tower may pool otherwise than it did there: weights of a pool that is new stay
+    fresh, those of one that is gone are left away.
+
+    Raises:
+        CheckpointError: there is no such tower, another vocabulary, or another shape.
+    """
+    key, tower = f"training.init_{prefix}", model.towers[prefix]
+    checkpoint = read_checkpoint(path)
+    if prefix == "text":
+        _check_vocabulary(checkpoint, tokenizer, key)
+    start = f"{prefix}."
+    tensors = {name.removeprefix(start): t for name, t in checkpoint.model().items() if name.startswith(start)}
+    if not tensors:
+        raise CheckpointError(f"{key} = {str(path)!r}: this checkpoint has no {prefix} tower")
+    expected = tower.state_dict()
+    _fit_positions(tensors, expected, prefix, path, notify)
+    if prefix == "text":
+        new = {name for name in expected.keys() - tensors.keys() if name.startswith(OWN_POOLS)}
+        gone = {name for name in tensors.keys() - expected.keys() if name.startswith(OWN_POOLS)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in gone}
+        tensors |= {name: expected[name] for name in new}
+        if new or gone:
+            notify(f"{prefix}: another pool than in {path}: its weights {'start fresh' if new else 'are left away'}")
+    load_tensors(tower, tensors, where=f"{key}: {checkpoint.path}")
+    notify(f"{prefix} tower: starting from the weights of {checkpoint.path}")
+
+
+def _check_vocabulary(checkpoint: Checkpoint, tokenizer: BPETokenizer, key: str) -> None:
     theirs, ours = BPETokenizer.load(checkpoint.tokenizer_path).vocabulary, tokenizer.vocabulary
     if (theirs.merges, theirs.special_ids) != (ours.merges, ours.special_ids):
         raise CheckpointError(
-            f"training.init = {str(path)!r} was trained with another vocabulary: set tokenizer.path = "
+            f"{key} = {str(checkpoint.path)!r} was trained with another vocabulary: set tokenizer.path = "
             f"'{checkpoint.tokenizer_path}'"
         )
-    tensors = checkpoint.model()
-    expected = model.state_dict()
-    for name in POSITIONS:
+
+
+def _fit_positions(
+    tensors: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    tower: str,
+    path: Path,
+    notify: Callable[[str], Any],
+    *,
+    within: str = "",
+) -> None:
+    """Resize a tower's tables of positions to what is expected; names begin with `within`."""
+    for name in (within + position for position in POSITIONS):
         if name in tensors and name in expected and tensors[name].shape != expected[name].shape:
             before, after = tensors[name], expected[name]
             if before.ndim != after.ndim or before.shape[1] != after.shape[1]:
                 continue  # another width: `load_tensors` says so
-            resize = resize_text_positions if name.startswith("text.") else resize_grid
+            resize = resize_text_positions if tower == "text" else resize_grid
             tensors[name] = resize(before, after.shape[0])
-            notify(f"{name}: {before.shape[0]} positions of {path} interpolated to {after.shape[0]}")
-    load_tensors(model, tensors, where=str(checkpoint.path))
-    notify(f"starting from the weights of {checkpoint.path}")
+            shown = f"{tower}.{name.removeprefix(within)}"
+            notify(f"{shown}: {before.shape[0]} positions of {path} interpolated to {after.shape[0]}")
 
 
 def resize_grid(table: Tensor, rows: int) -> Tensor:

@@ -6,16 +6,17 @@ and layer L + 1 what lies behind them (last norm, pooling) and the projection. L
 
 from __future__ import annotations
 
-from clip_train.models.base import Tower
-from clip_train.models.two_tower import TwoTower
+from collections.abc import Mapping
+
+from clip_train.models.base import Model, Tower
 
 
-def layer_scales(model: TwoTower, *, image: float = 1.0, text: float = 1.0) -> dict[str, float]:
-    """Factor of the learning rate of every parameter, by name; of the projections and the logit scale 1."""
+def layer_scales(model: Model, decays: Mapping[str, float]) -> dict[str, float]:
+    """Factor of the learning rate of every parameter, by name; 1 for what is in no tower, or one without a decay."""
     scales = {name: 1.0 for name, _ in model.named_parameters()}
-    for prefix, tower, decay in (("image", model.image, image), ("text", model.text, text)):
+    for prefix, tower in model.towers.items():
         layers, last = layers_of(tower)
-        scales |= {f"{prefix}.{name}": decay ** (last - layer) for name, layer in layers.items()}
+        scales |= {f"{prefix}.{name}": decays.get(prefix, 1.0) ** (last - layer) for name, layer in layers.items()}
     return scales
 
 

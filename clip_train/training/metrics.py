@@ -96,6 +96,8 @@ class Interval:
     steps: int = 0
     samples: int = 0
     tokens: int = 0
+    targets: int = 0
+    """Tokens that were to be told."""
     image_flops: float = 0.0
     """Forward, of all pictures."""
     waited: float = 0.0

@@ -54,8 +54,10 @@ class TrainingProgress:
 
     def show(self, line: Mapping[str, Any]) -> None:
         """The newest line of metrics."""
+        told = f" · accuracy {100 * line['accuracy']:.1f}%" if "accuracy" in line else ""
+        scale = f" · scale {line['logit_scale']:.1f}" if "logit_scale" in line else ""
         figures = (
-            f"loss [bold]{line['loss']:.3f}[/] · scale {line['logit_scale']:.1f} · "
+            f"loss [bold]{line['loss']:.3f}[/]{scale}{told} · "
             f"{line['samples_per_second']:,.0f} samples/s · {line['tokens_per_second']:,.0f} tokens/s · "
             f"MFU {100 * line['mfu']:.0f}% · grad {line['grad_norm']:.2f} · wait {100 * line['data_wait']:.0f}%"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from clip_train.config.schema import Recipe
 from clip_train.data.stream import Stream
 from clip_train.errors import CheckpointError
-from clip_train.models.two_tower import TwoTower
+from clip_train.models.base import Model
 from clip_train.training.changes import accepted_changes, with_changes
 from clip_train.training.checkpoint import State, load_weights, read_checkpoint, read_optimizer
 
@@ -22,7 +22,7 @@ def restore(
     run_dir: Path,
     resume: str,
     *,
-    model: TwoTower,
+    model: Model,
     load_optimizer: Callable[[dict[str, Tensor]], None],
     scaler: torch.amp.GradScaler | None,  # pyright: ignore[reportPrivateImportUsage]
     stream: Stream,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,23 @@ from clip_train.build import (
     total_steps,
 )
 from clip_train.config.load import dump_recipe
-from clip_train.config.schema import Recipe
+from clip_train.config.schema import Recipe, Training
 from clip_train.data.bad_samples import BadSampleLog
 from clip_train.data.stream import Stream
 from clip_train.errors import ConfigError, DataError, UserError
-from clip_train.models.two_tower import TwoTower
+from clip_train.models.base import Model
+from clip_train.objectives.base import Inputs, PerSample
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import separate_shards
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
 from clip_train.training.average import PREFIX, WeightAverage
 from clip_train.training.faults import FaultLog
-from clip_train.training.initial import load_initial
+from clip_train.training.initial import load_initial, load_initial_tower
+from clip_train.training.lock import lock_
 from clip_train.training.optimizer import load_named_state
 from clip_train.training.resume import restore
-from clip_train.training.update import Inputs, backward
+from clip_train.training.update import Objective, backward
 from tokenizer import BPETokenizer
 
 
@@ -50,7 +52,8 @@ class Run:
     process: Process
     console: Console
     tokenizer: BPETokenizer
-    model: TwoTower
+    objective: Objective
+    model: Model
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
@@ -87,15 +90,14 @@ def set_up(
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe)
     torch.manual_seed(recipe.training.seed)
+    objective = build_objective(recipe, tokenizer)
     model = build_model(recipe, tokenizer)
-    if recipe.training.init is not None:
-        notify = console.print if process.is_main else lambda _: None
-        load_initial(model, Path(recipe.training.init), tokenizer=tokenizer, notify=notify)
+    prepare_weights(recipe.training, model, tokenizer, console.print if process.is_main else lambda _: None)
     wrapped = build_parallel(recipe, model, process)
     optimizer = build_optimizer(recipe, model)
     separate_shards(optimizer)
     average = build_average(recipe, model)
-    dry_run(recipe, model, wrapped, process, tokenizer)
+    dry_run(recipe, objective, model, wrapped, process, tokenizer)
     stream = agreed_stream(recipe, tokenizer, process)
     limits = recipe.faults.model_dump(exclude={"stall_minutes"})
     run = Run(
@@ -104,6 +106,7 @@ def set_up(
         process=process,
         console=console,
         tokenizer=tokenizer,
+        objective=objective,
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
@@ -140,6 +143,18 @@ def set_up(
     return run
 
 
+def prepare_weights(training: Training, model: Model, tokenizer: BPETokenizer, notify: Callable[[str], Any]) -> None:
+    """What the first step starts from, and what of it stays as it is."""
+    if training.init is not None:
+        load_initial(model, Path(training.init), tokenizer=tokenizer, notify=notify)
+    for prefix, path in (("text", training.init_text), ("image", training.init_image)):
+        if path is not None:
+            load_initial_tower(model, prefix, Path(path), tokenizer=tokenizer, notify=notify)
+    if training.lock is not None:
+        for prefix, tower in model.towers.items():
+            lock_(tower, getattr(training.lock, prefix), key=f"training.lock.{prefix}")
+
+
 def agreed_stream(recipe: Recipe, tokenizer: BPETokenizer, process: Process) -> Stream:
     """The training data, the same for all processes: nobody waits for one that cannot read it, and none sees other
     shards than the rest (a pattern on disks of their own), which would repeat samples and lose others.
@@ -174,26 +189,46 @@ def load_state(run: Run, tensors: dict[str, Tensor]) -> None:
         run.average.load(averaged)
 
 
-def dry_run(recipe: Recipe, model: TwoTower, wrapped: nn.Module, process: Process, tokenizer: BPETokenizer) -> None:
+def dry_run(
+    recipe: Recipe,
+    objective: Objective,
+    model: Model,
+    wrapped: nn.Module,
+    process: Process,
+    tokenizer: BPETokenizer,
+) -> None:
     """Forward and backward on a synthetic batch of the largest shapes.
 
-    Out-of-memory and shape errors come now, before the first shard is opened. Changes no weight and no statistic.
+    Out-of-memory and shape errors come now, before the first shard is opened, and so does a weight that would never
+    be trained. Changes no weight and no statistic.
     """
     count = recipe.data.batch_size // process.world
-    size, cap = recipe.image.image_size, tokenizer.context_length
+    cap, size = tokenizer.context_length, None if recipe.image is None else recipe.image.image_size
+    specials = set(tokenizer.vocabulary.special_ids.values())
+    ids = torch.full((count, cap), next(i for i in range(tokenizer.vocab_size) if i not in specials))
+    ids[:, -1] = tokenizer.eot
     inputs = Inputs(
-        images=torch.zeros(count, 3, size, size, device=process.device),
-        ids=torch.full((count, cap), tokenizer.eot, device=process.device),
+        images=None if size is None else torch.zeros(count, 3, size, size),
+        ids=ids,
         lengths=torch.full((count,), cap),
-        groups=torch.arange(count, device=process.device),
+        groups=torch.arange(count),
+        rows=torch.arange(count),
     )
+    if isinstance(objective, PerSample):
+        inputs = objective.prepare(inputs, seed=0, step=0)
     micro = min(recipe.training.micro_batch or count, count)
     try:
         with frozen_running_statistics(model):
-            backward(wrapped, build_objective(recipe), inputs, process, step=0, seed=0, micro_batch=micro)
+            backward(wrapped, objective, inputs.to(process.device), process, step=0, seed=0, micro_batch=micro)
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
-            f"{micro} pairs of {size} px and {cap} tokens do not fit on {process.device}: set training.micro_batch "
-            f"below {micro} (the loss still sees all {recipe.data.batch_size} pairs)"
+            f"{micro} samples of {f'{size} px and ' if size else ''}{cap} tokens do not fit on {process.device}: set "
+            f"training.micro_batch below {micro} (the loss still sees all {recipe.data.batch_size} samples)"
         ) from error
+    untrained = [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None]
+    if untrained:
+        raise ConfigError(
+            f"no gradient reaches {', '.join(untrained[:3])}{' …' if untrained[3:] else ''}: these weights would never "
+            "be trained. Choose a pool or a loss that uses them"
+        )
     model.zero_grad(set_to_none=True)

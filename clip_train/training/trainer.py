@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from rich.console import Console
 from clip_train import heartbeat
 from clip_train.build import (
     build_loader,
-    build_objective,
     learning_rate,
 )
 from clip_train.config.schema import Recipe
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
 from clip_train.errors import DataError
+from clip_train.models.base import Model
 from clip_train.models.flops import image_flops, text_flops
-from clip_train.models.two_tower import TwoTower
+from clip_train.objectives.base import Inputs, PerSample
 from clip_train.runtime import collectives
 from clip_train.runtime.process import Process
 from clip_train.runtime.watchdog import watchdog
@@ -39,10 +39,10 @@ from clip_train.training.saving import Saver
 from clip_train.training.setup import Run, set_up
 from clip_train.training.signals import StopFlag, stop_signals
 from clip_train.training.tally import SourceTally, flatten
-from clip_train.training.update import Inputs, train_step
+from clip_train.training.update import train_step
 from tokenizer import BPETokenizer
 
-Evaluate = Callable[[TwoTower, BPETokenizer, int], Mapping[str, float]]
+Evaluate = Callable[[Model, BPETokenizer, int], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     """Update until the last step or a signal."""
     recipe, process = run.recipe, run.process
     steps, every = run.steps, recipe.logging.every_steps
-    objective = build_objective(recipe)
-    image_cost = lru_cache(lambda size: image_flops(run.model.image, True, training=True, image_size=size))
+    image_cost = lru_cache(lambda size: image_flops(run.model.towers["image"], True, training=True, image_size=size))
     peak = measured_peak_flops(process.device, recipe.training.precision) * process.world
     metrics = MetricsFile(run.run_dir / "metrics.jsonl", run.step) if process.is_main else None
     trackers = Trackers(
@@ -93,6 +92,9 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     )
     progress = TrainingProgress(run.console, total=steps, done=run.step, enabled=process.is_main)
     interval, sources = Interval.begin(), SourceTally(list(recipe.data.sources), process.device)
+    if run.step == steps == 0:
+        save(run, saver)
+        saver.finish()
     if run.step == steps and recipe.evaluation.tasks and not is_evaluated(run):
         measure(run, evaluate, saver)  # a run that was cut between its last save and the end
     run.model.train()
@@ -105,11 +107,12 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
             interval.waited += time.perf_counter() - waiting
             lr = learning_rate(recipe, run.step, steps)
             heartbeat.at("update", run.step + 1)
+            inputs = to_inputs(batch, run)
             result = train_step(
                 run.wrapped,
-                objective,
+                run.objective,
                 run.optimizer,
-                to_device(batch, run),
+                inputs,
                 process,
                 step=run.step,
                 seed=recipe.training.seed,
@@ -119,15 +122,18 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
             )
             if not result.applied and is_over_budget(run, batch, float(result.loss)):
                 saver.finish()
-                raise stop_and_keep(run, batch, to_device(batch, run), lr, lambda folder: save_aside(run, folder))
-            run.model.clamp_logit_scale_()
+                raise stop_and_keep(run, batch, inputs, lr, lambda folder: save_aside(run, folder))
+            run.model.after_update_()
             run.step += 1
             if run.average is not None and result.applied:
                 run.average.update(run.step)
             interval.steps += 1
             interval.samples += len(batch)
             interval.tokens += int(batch.ids.numel())
-            interval.image_flops += len(batch) * image_cost(batch.images.shape[-1])
+            interval.targets += inputs.target_count
+            del inputs  # its memory is the next batch's
+            if batch.images is not None:
+                interval.image_flops += len(batch) * image_cost(batch.images.shape[-1])
             sources.add(batch.sources, result.rows)
             run.captions_cut += batch.captions_cut
             progress.advance()
@@ -143,17 +149,17 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
                 changed = changes_between(run.changes, (run.step - 1) // every * every, run.step)
                 digest = collectives.sum_modulo_2_63(batch.digest_part(), process.device)
                 rates = interval.rates(process.world)
-                forward = interval.image_flops / interval.samples
-                forward += text_flops(run.model.text, interval.tokens / interval.samples, pooled_only=True)
+                every_token = run.model.reads_every_token
+                forward = (interval.image_flops + run.model.target_flops * interval.targets) / interval.samples
+                forward += text_flops(run.model.towers["text"], interval.tokens / interval.samples, not every_token)
                 line: dict[str, Any] = {
                     "step": run.step,
                     **dict(zip(names, means, strict=True)),
-                    "logit_scale": float(result.logit_scale),
                     "lr": lr,
                     "grad_norm": result.grad_norm,
                     **rates,
                     "mfu": 3 * forward * rates["samples_per_second"] / peak,
-                    **({"image_size": batch.images.shape[-1]} if recipe.training.stages else {}),
+                    **sizes(batch, recipe),
                     "batch": f"{digest:016x}",
                     "samples": run.samples,
                     "epoch": run.samples / run.stream.samples,
@@ -192,16 +198,24 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     return Outcome(run.step, stop.signal)
 
 
-def to_device(batch: Batch, run: Run) -> Inputs:
-    """Pixels to the device as uint8 and normalised there; captions padded to the batch's longest."""
-    device, look = run.process.device, run.recipe.preprocess
-    images = batch.images.to(device, non_blocking=True)
-    return Inputs(
-        images=normalize(images, look.mean, look.std),
-        ids=batch.padded_ids(run.tokenizer.pad).to(device, non_blocking=True),
+def sizes(batch: Batch, recipe: Recipe) -> dict[str, int]:
+    """The side of the pictures, where it changes in the run."""
+    return {"image_size": batch.images.shape[-1]} if recipe.training.stages and batch.images is not None else {}
+
+
+def to_inputs(batch: Batch, run: Run) -> Inputs:
+    """A batch as the objective wants it: captions padded to the longest, pixels normalised on the device."""
+    inputs = Inputs(
+        images=batch.images,
+        ids=batch.padded_ids(run.tokenizer.pad),
         lengths=batch.lengths.long(),
-        groups=batch.groups.to(device, non_blocking=True),
+        groups=batch.groups,
+        rows=batch.rows,
     )
+    if isinstance(run.objective, PerSample):
+        inputs = run.objective.prepare(inputs, seed=run.recipe.training.seed, step=run.step)
+    inputs, look = inputs.to(run.process.device), run.recipe.preprocess
+    return inputs if inputs.images is None else replace(inputs, images=normalize(inputs.images, look.mean, look.std))
 
 
 def next_batch(batches: Iterator[Batch], run: Run) -> Batch:

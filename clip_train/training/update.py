@@ -1,65 +1,30 @@
-"""One step: features of the global batch -> loss -> gradients -> clip -> check -> update.
+"""One step: loss of the global batch -> gradients -> clip -> check -> update.
 
-Shape legend: `b` pairs of this process, `B` pairs of all processes, `D` joint width, `m` pairs of a micro-batch.
+Shape legend: `b` samples of this process, `B` of all processes, `D` joint width, `m` samples of a micro-batch.
 
-A batch whose activations do not fit is cut into micro-batches with *gradient caching* (Gao et al. 2021): features of
-all micro-batches without activations, the loss over all of them, then each micro-batch again with activations and its
-cached feature gradient. The loss sees every negative and the gradients are those of the whole batch.
+A batch whose activations do not fit is cut into micro-batches. For a coupled objective that is *gradient caching* (Gao
+et al. 2021): features of all micro-batches without activations, the loss over all of them, then each micro-batch again
+with activations and its cached feature gradient. The loss sees every negative and the gradients are those of the whole
+batch. The parts of a per-sample objective add up by themselves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from clip_train.objectives.base import Features, Loss, at_least_fp32
+from clip_train.objectives.base import Coupled, Features, Inputs, Loss, PerSample, at_least_fp32
 from clip_train.runtime.collectives import first_row, gather_rows, max_of, sum_of
 from clip_train.runtime.parallel import average_whole_gradients, clip_gradients, without_gradient_sync
 from clip_train.runtime.process import Process
 from clip_train.runtime.recompute import frozen_running_statistics
 from clip_train.training.faults import running_statistics
 
-
-class Objective(Protocol):
-    """What a step asks of an objective."""
-
-    @property
-    def loss(self) -> Callable[..., Loss]:
-        """Of `Features` and what the model gives beside them: the logit scale, and the bias where it has one."""
-        ...
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """This process's pairs, on its device."""
-
-    images: Tensor
-    """(b, 3, H, W) normalised."""
-    ids: Tensor
-    """(b, L) padded to the longest."""
-    lengths: Tensor
-    """(b,)"""
-    groups: Tensor
-    """(b,) equal where captions are equal."""
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    def split(self, size: int) -> list[Inputs]:
-        """Micro-batches, each trimmed to its own longest caption."""
-        parts: list[Inputs] = []
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            longest = int(self.lengths[rows].max())
-            ids = self.ids[rows, :longest]
-            parts.append(Inputs(self.images[rows], ids, self.lengths[rows], self.groups[rows]))
-        return parts
+Objective = Coupled | PerSample
 
 
 @dataclass(frozen=True)
@@ -67,12 +32,11 @@ class StepResult:
     loss: Tensor
     """() this process's share of the loss; the mean over processes is the loss."""
     stats: dict[str, Tensor]
+    """Figures whose mean over processes is logged; reading one waits for the device."""
     grad_norm: float
     """Norm of the averaged gradient before clipping."""
-    logit_scale: Tensor
-    """() scale that the loss used, detached; reading it waits for the device."""
     rows: Tensor | None
-    """(b,) loss of each pair, where the objective tells."""
+    """(b,) loss of each sample, where the objective tells."""
     applied: bool = True
     """Whether there was an update: not where the gradient is not finite, on all processes alike."""
 
@@ -96,7 +60,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     moving = running_statistics(model)
     before = [buffer.clone() for buffer in moving]
-    loss, logit_scale = backward(model, objective, inputs, process, step=step, seed=seed, micro_batch=micro_batch)
+    loss = backward(model, objective, inputs, process, step=step, seed=seed, micro_batch=micro_batch)
 
     scaler = process.scaler
     if scaler is not None:
@@ -111,7 +75,7 @@ def train_step(
     if not applied:
         for buffer, value in zip(moving, before, strict=True):
             buffer.copy_(value)
-    return StepResult(loss.total.detach(), loss.stats, norm, logit_scale, loss.rows, applied)
+    return StepResult(loss.total.detach(), loss.stats, norm, loss.rows, applied)
 
 
 def backward(
@@ -123,18 +87,58 @@ def backward(
     step: int,
     seed: int,
     micro_batch: int | None,
-) -> tuple[Loss, Tensor]:
-    """Accumulate the gradient of the global batch's loss; returns the loss and the logit scale it used."""
+) -> Loss:
+    """Accumulate the gradient of the global batch's loss; `inputs` are what the objective's `prepare` gave."""
     parts = inputs.split(micro_batch or len(inputs))
-    if len(parts) == 1:
+    if isinstance(objective, PerSample):
+        loss = _sum_over_samples(model, objective, parts, process, step=step, seed=seed)
+    elif len(parts) == 1:
         seed_everything(seed, step, process.rank, 0)
         with process.autocast():
             image, text, *scalars = model(inputs.images, inputs.ids, inputs.lengths)
-        loss = objective.loss(_features(image, text, inputs.groups), *scalars)
+        loss = with_scale(objective.loss(_features(image, text, inputs.groups), *scalars), scalars)
         scaled(telling(loss.total), process).backward()
-        average_whole_gradients(model)
-        return loss, scalars[0].detach()
+    else:
+        loss = _with_cached_gradients(model, objective, inputs, parts, process, step=step, seed=seed)
+    average_whole_gradients(model)
+    return loss
 
+
+def _sum_over_samples(
+    model: nn.Module, objective: PerSample, parts: list[Inputs], process: Process, *, step: int, seed: int
+) -> Loss:
+    """Each part's share of the loss, and its gradient, are what they are in the whole batch."""
+    device = parts[0].ids.device
+    counts = torch.tensor(float(sum(objective.count(part) for part in parts)), device=device)
+    mean_count = (sum_of(counts) / process.world).clamp(min=1 / process.world)
+    losses: list[Loss] = []
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        seed_everything(seed, step, process.rank, index)
+        with nullcontext() if last else without_gradient_sync(model):
+            with process.autocast():
+                loss = objective.loss(model, part, mean_count)
+            scaled(telling(loss.total), process).backward()
+        losses.append(replace(loss, total=loss.total.detach()))
+    rows = [loss.rows for loss in losses if loss.rows is not None]
+    return Loss(
+        total=torch.stack([loss.total for loss in losses]).sum(),
+        terms={name: torch.stack([loss.terms[name] for loss in losses]).sum() for name in losses[0].terms},
+        stats={name: torch.stack([loss.stats[name] for loss in losses]).sum() for name in losses[0].stats},
+        rows=torch.cat(rows) if len(rows) == len(losses) else None,
+    )
+
+
+def _with_cached_gradients(
+    model: nn.Module,
+    objective: Coupled,
+    inputs: Inputs,
+    parts: list[Inputs],
+    process: Process,
+    *,
+    step: int,
+    seed: int,
+) -> Loss:
     images: list[Tensor] = []
     texts: list[Tensor] = []
     scalars: list[Tensor] = []
@@ -163,8 +167,12 @@ def backward(
             if last:
                 surrogate = surrogate + sum(s * g for s, g in zip(scalars, scalar_grads, strict=True))
             scaled(surrogate, process).backward()
-    average_whole_gradients(model)
-    return loss, scalars[0].detach()
+    return with_scale(loss, scalars)
+
+
+def with_scale(loss: Loss, scalars: list[Tensor]) -> Loss:
+    """With the logit scale that it used among the figures."""
+    return replace(loss, stats=loss.stats | {"logit_scale": scalars[0].detach()})
 
 
 def _features(image: Tensor, text: Tensor, groups: Tensor) -> Features:

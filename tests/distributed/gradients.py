@@ -20,11 +20,12 @@ from clip_train.models.text import TextTransformer
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer
 from clip_train.objectives import tiles
+from clip_train.objectives.base import Inputs
 from clip_train.objectives.contrastive import InfoNCE
 from clip_train.objectives.sigmoid import Sigmoid
 from clip_train.runtime.parallel import Replicated, Sharded, clip_gradients, parallelize
 from clip_train.runtime.process import Process, launched
-from clip_train.training.update import Inputs, Objective, backward
+from clip_train.training.update import Objective, backward
 
 GLOBAL, VOCABULARY, CAP, SIZE = 16, 50, 12, 32
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import picture, run_cli
 
-from clip_train.build import build_model, build_preprocess
+from clip_train.build import build_preprocess, build_two_tower
 from clip_train.cli import main
 from clip_train.config.load import parse_toml
 from clip_train.errors import ExportError
@@ -68,7 +68,7 @@ def small(image: str, text: str = "causal") -> LoadedModel:
     recipe = parse_toml(BASE.format(image=IMAGES[image], text=TEXTS[text]), where="test")
     tokenizer = BPETokenizer.default()
     torch.manual_seed(3)
-    model = build_model(recipe, tokenizer).eval()
+    model = build_two_tower(recipe, tokenizer).eval()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and tensor.ndim <= 1 and tensor.numel() > 1:

@@ -170,11 +170,11 @@ def test_features_have_unit_length_and_the_scale_is_clamped() -> None:
 
     with torch.no_grad():
         model.logit_scale.fill_(10.0)
-    model.clamp_logit_scale_()
+    model.after_update_()
     assert float(model.logit_scale.detach().exp()) == pytest.approx(50.0)
     with torch.no_grad():
         model.logit_scale.fill_(-3.0)
-    model.clamp_logit_scale_()
+    model.after_update_()
     assert model.logit_scale.item() == -3.0
 
 

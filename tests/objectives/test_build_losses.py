@@ -8,7 +8,8 @@ import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from clip_train.build import build_model, build_objective, build_tokenizer
+from clip_train.build import build_contrastive, build_tokenizer, build_two_tower
+from clip_train.config import schema as config
 from clip_train.config.load import parse_recipe
 from clip_train.errors import ConfigError
 from clip_train.export.open_clip_keys import from_open_clip, to_open_clip
@@ -22,9 +23,10 @@ from clip_train.objectives.sigmoid import Sigmoid
 def test_every_parameter_of_the_built_model_gets_a_gradient(recipe_tree: dict[str, Any], kind: str, impl: str) -> None:
     recipe_tree["loss"] = {"kind": kind, "impl": impl}
     recipe = parse_recipe(recipe_tree)
-    tokenizer, objective = build_tokenizer(recipe), build_objective(recipe)
+    assert isinstance(recipe.loss, config.InfoNCE | config.Sigmoid)
+    tokenizer, objective = build_tokenizer(recipe), build_contrastive(recipe.loss)
     torch.manual_seed(0)
-    model = build_model(recipe, tokenizer)
+    model = build_two_tower(recipe, tokenizer)
     assert (model.logit_bias is not None) == (kind == "sigmoid")
     assert objective.impl == impl
     ids, lengths = tokenizer.encode_batch([f"{colour} square" for colour in ("red", "green", "blue")])
@@ -46,7 +48,7 @@ def test_the_bias_travels_to_open_clip_and_back(recipe_tree: dict[str, Any]) -> 
     recipe_tree["loss"] = {"kind": "sigmoid", "init_logit_bias": -7.5}
     recipe = parse_recipe(recipe_tree)
     tokenizer = build_tokenizer(recipe)
-    model = build_model(recipe, tokenizer)
+    model = build_two_tower(recipe, tokenizer)
     peer = CLIP(
         embed_dim=8,
         vision_cfg=CLIPVisionCfg(image_size=16, patch_size=8, width=16, layers=1, head_width=8),

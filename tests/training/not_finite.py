@@ -8,9 +8,9 @@ import sys
 
 from clip_train.cli import main
 from clip_train.data.batch import Batch
+from clip_train.objectives.base import Inputs
 from clip_train.training import trainer
 from clip_train.training.setup import Run
-from clip_train.training.update import Inputs
 
 STEPS = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
 to_device = trainer.to_device

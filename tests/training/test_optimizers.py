@@ -12,7 +12,7 @@ from timm.optim.lamb import Lamb
 from timm.optim.lion import Lion
 from torch import Tensor, nn
 
-from clip_train.build import build_model, build_optimizer, build_tokenizer
+from clip_train.build import build_optimizer, build_tokenizer, build_two_tower
 from clip_train.config import load_recipe
 from clip_train.errors import ConfigError
 from clip_train.models.resnet import ModifiedResNet
@@ -96,7 +96,7 @@ def rates(
     recipe_tree: dict[str, Any], write_recipe: WriteRecipe, *overrides: str
 ) -> tuple[nn.Module, dict[str, float]]:
     recipe = load_recipe(str(write_recipe(recipe_tree)), overrides)
-    model = build_model(recipe, build_tokenizer(recipe))
+    model = build_two_tower(recipe, build_tokenizer(recipe))
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(recipe, model).param_groups
     return model, {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
