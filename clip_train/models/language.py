@@ -17,11 +17,9 @@ from clip_train.models.layers import LayerNorm
 from clip_train.models.packing import take_rows
 
 
-class TextTower(Protocol):
+class Embeds(Protocol):
     """What a language model reads of a text tower beside what all towers have."""
 
-    width: int
-    vocab_size: int
     token_embedding: nn.Embedding
 
 
@@ -91,7 +89,7 @@ class LanguageModel(Model):
     @property
     def embeddings(self) -> Tensor:
         """`(V, W)`: the tower's, and the head's."""
-        tower: TextTower = self.text  # pyright: ignore[reportAssignmentType]
+        tower: Embeds = self.text  # pyright: ignore[reportAssignmentType]
         return tower.token_embedding.weight
 
     @property

@@ -1,4 +1,4 @@
-"""Run under torchrun: trains a recipe of text alone several times in one launch; a line of JOBS is RUN_DIR OVERRIDES…"""
+"""Run under torchrun: trains a recipe of text alone several times; a line of JOBS is RUN_DIR OVERRIDES…"""
 
 from __future__ import annotations
 
