@@ -13,16 +13,16 @@ from clip_train.training import trainer
 from clip_train.training.setup import Run
 
 STEPS = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
-to_device = trainer.to_device
+to_inputs = trainer.to_inputs
 
 
 def spoilt(batch: Batch, run: Run) -> Inputs:
-    inputs = to_device(batch, run)
+    inputs = to_inputs(batch, run)
     if run.step + 1 in STEPS and run.process.rank == int(os.environ["BAD_RANK"]):
         inputs.images.fill_(math.nan)
     return inputs
 
 
 if __name__ == "__main__":
-    trainer.to_device = spoilt
+    trainer.to_inputs = spoilt
     sys.exit(main())
