@@ -220,6 +220,10 @@ def check_language(recipe: Recipe) -> None:
             f"text.pool = 'map' has weights that loss.kind = {kind!r} never trains: take 'mean' here and 'map' where "
             "the tower goes into a CLIP (training.init_text)"
         )
+    if getattr(text, "padding", "masked") == "attended":
+        raise ValueError(
+            f"text.padding = 'attended' is for contrastive losses: take 'masked' with loss.kind = {kind!r}"
+        )
     training, decay = recipe.training, recipe.optimizer.layer_decay
     if training.init_image is not None or training.lock is not None:
         raise ValueError(f"training.init_image and training.lock are for two towers: loss.kind = {kind!r} trains one")

@@ -147,14 +147,24 @@ def language(tree: dict[str, Any], kind: str, text: dict[str, Any] | None = None
     """The recipe of a language model, from the tree of a CLIP."""
     attention = "causal" if kind == "clm" else "bidirectional"
     kept = {key: value for key, value in tree.items() if key not in ("image", "model", "evaluation")}
-    return parse_recipe(
-        kept | {"text": {"attention": attention, **tree["text"], **(text or {})}, "loss": {"kind": kind, **loss}}
-    )
+    own = {"attention": attention} if "kind" not in (text or {}) else {}
+    return parse_recipe(kept | {"text": {**own, **tree["text"], **(text or {})}, "loss": {"kind": kind, **loss}})
 
 
-@pytest.mark.parametrize(("kind", "pool"), [("mlm", "cls"), ("mlm", "mean"), ("clm", "eot"), ("clm", "mean")])
-def test_every_parameter_gets_a_gradient(recipe_tree: dict[str, Any], kind: str, pool: str) -> None:
-    recipe = language(recipe_tree, kind, {"pool": pool})
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("mlm", {"pool": "cls"}),
+        ("mlm", {"pool": "mean"}),
+        ("mlm", {"kind": "bert"}),
+        ("mlm", {"kind": "t5"}),
+        ("mlm", {"kind": "modern", "attention": "bidirectional", "pool": "max"}),
+        ("clm", {"pool": "eot"}),
+        ("clm", {"kind": "modern", "attention": "causal", "pool": "last"}),
+    ],
+)
+def test_every_parameter_gets_a_gradient(recipe_tree: dict[str, Any], kind: str, text: dict[str, Any]) -> None:
+    recipe = language(recipe_tree, kind, text)
     tokenizer = build_tokenizer(recipe)
     model, objective = build_language_model(recipe, tokenizer), build_objective(recipe, tokenizer)
     assert isinstance(objective, MaskedLM | CausalLM)
@@ -174,6 +184,7 @@ def test_every_parameter_gets_a_gradient(recipe_tree: dict[str, Any], kind: str,
         ("mlm", {"text.attention": "causal"}, "from both sides"),
         ("clm", {"text.attention": "bidirectional"}, "just look up"),
         ("mlm", {"text.pool": "map"}, "never trains"),
+        ("mlm", {"text.padding": "attended"}, "is for contrastive losses"),
         ("mlm", {"image": {"kind": "timm", "name": "resnet18", "image_size": 32}}, "--set image=none"),
         ("mlm", {"model": {"embed_dim": 8}}, "--set model=none"),
         ("mlm", {"training.lock": {"text": "all"}}, "for two towers"),
