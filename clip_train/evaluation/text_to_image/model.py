@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_train.models.layers import Block, LayerNorm, Layout, attention, init_blocks_
+from clip_train.models.attention import Layout, attention
+from clip_train.models.layers import Block, LayerNorm, init_blocks_
 
 
 class PictureModel(nn.Module):
