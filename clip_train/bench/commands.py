@@ -146,7 +146,9 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 def add_zeroshot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", default="vit-b-32", help="whose text tower (default vit-b-32)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--classes", type=int, default=20, help="of ImageNet's 1,000 (default 20: minutes, not hours)")
+    parser.add_argument(
+        "--classes", type=int, default=20, help="of ImageNet's 1,000, taken evenly (default 20: minutes, not hours)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bar", type=float, metavar="Y", help="exit with 1 where the ratio is smaller")

@@ -6,6 +6,7 @@ import difflib
 import tomllib
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
@@ -13,6 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from clip_train.config.schema import Recipe
+from clip_train.dataset_spec import is_spec, parse_spec
 from clip_train.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -204,6 +206,10 @@ def _anchor_paths(tree: Tree, folder: Path) -> None:
         anchor_in(source, "shards")
     for task in _tables(tree, "evaluation", "tasks"):
         anchor_in(task, "shards", "train_shards", "classes")
+        for key in ("data", "train_data"):
+            if isinstance(task.get(key), str) and is_spec(task[key]):
+                with suppress(ConfigError):  # what is wrong with it is said with its key
+                    task[key] = str(parse_spec(task[key]).anchored(anchor))
         if isinstance(task.get("templates"), str):
             anchor_in(task, "templates")
     anchor_in(tree.get("tokenizer"), "path")
@@ -230,6 +236,8 @@ def _explain(problem: dict[str, Any]) -> str:
         "transformers",
         "zeroshot",
         "retrieval",
+        "linear_probe",
+        "knn",
         "cosine",
         "constant",
         "constant_cooldown",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 # Purposes: the second argument of every `mix`, so that no two uses share their numbers.
 SHARDS, WINDOW, ROWS, CAPTION, AUGMENT, SUBSTITUTE, DRAW, TURN, MASK, MASK_COUNT, MASK_KIND, MASK_ID = range(1, 13)
+SHOTS, CORRUPT = range(13, 15)
 
 
 def mix(*parts: Any) -> NDArray[np.uint64]:

@@ -170,7 +170,7 @@ def _folder(folder: Path, image_root: Path | None, encoding: str) -> Source:
         )
     if parquets:
         return parquet(parquets, image_root or folder)
-    files = sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
+    files = sorted(walk(folder), key=lambda path: path.relative_to(folder).as_posix())
     pictures = [path for path in files if path.suffix.lower() in PICTURES]
     beside = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".json"}
     beside |= {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
@@ -200,7 +200,7 @@ def _folder(folder: Path, image_root: Path | None, encoding: str) -> Source:
     return Source(str(folder), _FOLDER_COLUMNS, rows, None, len(pictures))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
     """All files, links followed; a folder that contains itself by a link is entered once.
 
     Raises:

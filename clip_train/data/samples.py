@@ -1,22 +1,23 @@
-"""Reading shards for evaluation: every sample once, in order, as it is."""
+"""Reading for evaluation: every sample once, in order, as it is or changed on purpose."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clip_train.data import columns
 from clip_train.data.batch import BadSample
+from clip_train.data.collections.base import Collection
 from clip_train.data.columns import BadSampleError
-from clip_train.data.decode import DecodeError, decode
-from clip_train.data.files import ShardFiles
+from clip_train.data.decode import DecodeError
 from clip_train.data.loader import Loader
-from clip_train.data.shards import ShardIndex
 from clip_train.data.transforms import Preprocess
 from clip_train.errors import DataError
+
+Change = Callable[[Tensor, str], Tensor]
+"""`(3, S, S)` uint8 and the sample's key -> the picture that is to be seen instead."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,21 @@ class EvalSet:
 
     def __init__(
         self,
-        indexes: Sequence[ShardIndex],
+        collection: Collection,
         preprocess: Preprocess,
         *,
-        image: str,
-        label: str | None,
-        caption: str | None,
+        label: bool,
+        captions: bool,
         batch_size: int,
         rank: int,
         world: int,
         skip_bad: bool = False,
+        change: Change | None = None,
     ) -> None:
-        for one in indexes:
-            columns.check_columns(one, image=image, caption=caption, label=label)
-        self.places = [(one, sample) for one in indexes for sample in range(len(one))]
-        self.own = range(rank, len(self.places), world)
-        self.preprocess, self.batch_size = preprocess, batch_size
-        self.image = columns.parse(image)
-        self.label = columns.parse(label) if label else None
-        self.caption = columns.parse(caption) if caption else None
-        self.files, self.skip_bad = ShardFiles(), skip_bad
+        collection.check(label=label, captions=captions)
+        self.collection, self.preprocess, self.batch_size = collection, preprocess, batch_size
+        self.own = range(rank, len(collection), world)
+        self.label, self.captions, self.skip_bad, self.change = label, captions, skip_bad, change
 
     def __len__(self) -> int:
         return -(-len(self.own) // self.batch_size)
@@ -74,69 +70,68 @@ class EvalSet:
         numbers: list[int] = []
         skipped: list[BadSample] = []
         for place in own:
-            one, sample = self.places[place]
+            key = self.collection.key(place)
             try:
-                pixels = self.preprocess.pixels(decode(columns.read(self.files, one, sample, self.image)[1]))
-                label = columns.read_label(*columns.read(self.files, one, sample, self.label)) if self.label else None
-                texts = (
-                    columns.read_captions(*columns.read(self.files, one, sample, self.caption)) if self.caption else []
-                )
+                pixels = self.preprocess.pixels(self.collection.pixels(place))
+                label = self.collection.label(place) if self.label else None
+                texts = self.collection.captions(place) if self.captions else []
             except (BadSampleError, DecodeError) as error:
+                part = self.collection.parts[self.collection.part(place)]
                 if self.skip_bad:
-                    skipped.append(BadSample(one.shard, one.key(sample), str(error)))
+                    skipped.append(BadSample(part, key, str(error)))
                     continue
                 raise DataError(
-                    f"{one.shard}: sample {one.key(sample)!r} cannot be evaluated: {error}. A score over "
-                    "part of a "
-                    "set would mean something else: mend the shard or take the sample out."
+                    f"{part}: sample {key!r} cannot be evaluated: {error}. A score over part of a set would mean "
+                    "something else: mend the data or take the sample out."
                 ) from error
-            images[len(keys)] = pixels
-            keys.append(one.key(sample))
+            images[len(keys)] = pixels if self.change is None else self.change(pixels, key)
+            keys.append(key)
             numbers.append(place)
             if label is not None:
                 labels.append(label)
-            if self.caption:
+            if self.captions:
                 captions.append(texts)
         return EvalBatch(images[: len(keys)], labels, captions, keys, torch.tensor(numbers, dtype=torch.int64), skipped)
 
 
 def read_samples(
-    indexes: Sequence[ShardIndex],
+    collection: Collection,
     preprocess: Preprocess,
     *,
-    image: str = "jpg;jpeg;png;webp",
-    label: str | None = None,
-    caption: str | None = None,
+    label: bool = False,
+    captions: bool = False,
     batch_size: int = 256,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
     skip_bad: bool = False,
+    change: Change | None = None,
 ) -> Loader[EvalBatch]:
-    """Iterate over an evaluation set in the order of its shards.
+    """Iterate over an evaluation set in its order.
 
     Args:
-        indexes: `[index(shard) for shard in resolve(patterns)]`.
+        collection: the set.
         preprocess: the fixed view; only its uint8 half is applied, `normalize` on the device does the rest.
-        image, label, caption: columns; those that are None are not read.
+        label, captions: whether they are read.
         batch_size: samples in a batch; the last may be smaller.
         rank, world: this process reads samples `rank, rank + world, …`.
         workers: reading processes.
         skip_bad: leave out samples that cannot be read, and name them in `skipped`.
+        change: what is done to each view.
 
     Raises:
-        DataError: a column that is not there; while iterating, a sample that cannot be read.
+        DataError: what is to be read is not there; while iterating, a sample that cannot be read.
     """
     samples = EvalSet(
-        indexes,
+        collection,
         preprocess,
-        image=image,
         label=label,
-        caption=caption,
+        captions=captions,
         batch_size=batch_size,
         rank=rank,
         world=world,
         skip_bad=skip_bad,
+        change=change,
     )
     return Loader(
         samples,

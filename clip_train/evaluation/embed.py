@@ -24,8 +24,9 @@ import numpy.typing as npt
 import torch
 
 from clip_train.data.batch import BadSample
+from clip_train.data.collections.shards import Shards
 from clip_train.data.samples import read_samples
-from clip_train.data.shards import index, resolve
+from clip_train.data.shards import resolve
 from clip_train.data.transforms import normalize
 from clip_train.errors import DataError
 from clip_train.evaluation.encode import encode_images, encode_texts, evaluating
@@ -137,8 +138,9 @@ def _embed_shard(
     texts = [np.empty((0, dimensions), np.float32)]
     look = loaded.preprocess
     batches = read_samples(
-        [index(path)], look, image=image, caption=caption, batch_size=batch_size, workers=workers, skip_bad=True
-    )
+        Shards.of(path, image=image, caption=caption), look, captions=caption is not None, batch_size=batch_size,
+        workers=workers, skip_bad=True,
+    )  # fmt: skip
     with evaluating(loaded.model, device, precision):
         for batch in batches:
             bad += batch.skipped

@@ -69,17 +69,29 @@ def gathered(gather: Gather, work: Callable[[], Part]) -> list[Part]:
 
     A rank that simply raised would leave the others waiting in their next collective for ever.
     """
-    part: Part | None = None
-    message: str | None = None
-    try:
-        part = work()
-    except UserError as error:
-        message = str(error)
+    part, message = _tried(work)
     replies: list[tuple[str | None, Part]] = gather((message, part))
     for reply in replies:
         if reply[0] is not None:
             raise DataError(reply[0])
     return [reply[1] for reply in replies]
+
+
+def agreed(gather: Gather, work: Callable[[], Part]) -> Part:
+    """This rank's result of `work`, which stays here, or the first error that any rank met, raised on all of them."""
+    part, message = _tried(work)
+    for reply in gather(message):
+        if reply is not None:
+            raise DataError(reply)
+    assert part is not None
+    return part
+
+
+def _tried(work: Callable[[], Part]) -> tuple[Part | None, str | None]:
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
 
 
 @contextmanager

@@ -13,10 +13,14 @@ from PIL import Image
 
 from clip_train.data import columns
 from clip_train.data.cache import Cache
-from clip_train.data.decode import DecodeError, decode
+from clip_train.data.collections.base import Collection
+from clip_train.data.collections.opening import open_collection
+from clip_train.data.collections.shards import Shards
+from clip_train.data.decode import DecodeError
 from clip_train.data.files import ShardFiles
-from clip_train.data.shards import ShardIndex, index, resolve
-from clip_train.errors import DataError
+from clip_train.data.shards import index, resolve
+from clip_train.dataset_spec import is_spec
+from clip_train.errors import DataError, UserError
 
 Rows = Mapping[str, npt.NDArray[Any]]
 
@@ -29,8 +33,7 @@ class Album:
         self.cache = cache
         """Where shards from elsewhere are kept."""
         self._notes = notes
-        self._files = ShardFiles()
-        self._samples: dict[str, tuple[ShardIndex, dict[str, int]] | None] = {}
+        self._samples: dict[str, tuple[Collection, dict[str, int]] | None] = {}
         self._pictures: dict[tuple[str, str], Image.Image | None] = {}
 
     def picture(self, shard: str, key: str, image: str, patterns: Sequence[str] = ()) -> Image.Image | None:
@@ -45,19 +48,23 @@ class Album:
     def _read(self, shard: str, key: str, image: str, patterns: Sequence[str]) -> Image.Image | None:
         if shard not in self._samples:
             try:
-                listing = index(self._find(shard, patterns), self.cache)
+                listing = self._open(shard, image, patterns)
                 self._samples[shard] = listing, {listing.key(i): i for i in range(len(listing))}
-            except DataError as error:
+            except UserError as error:
                 self._samples[shard] = None
                 self._notes.append(f"Pictures are missing: {error}")
         found = self._samples[shard]
         if found is None or key not in found[1]:
             return None
         try:
-            _, data = columns.read(self._files, found[0], found[1][key], columns.parse(image))
-            return Image.fromarray(decode(data))
+            return Image.fromarray(found[0].pixels(found[1][key]))
         except (columns.BadSampleError, DecodeError, DataError):
             return None
+
+    def _open(self, shard: str, image: str, patterns: Sequence[str]) -> Collection:
+        if is_spec(shard):
+            return open_collection(shard, self._folder)
+        return Shards([index(self._find(shard, patterns), self.cache)], image=image)
 
     def _find(self, shard: str, patterns: Sequence[str]) -> str:
         if not Path(shard).exists() and patterns:

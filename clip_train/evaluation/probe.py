@@ -5,12 +5,16 @@ its normalisation, as CLIP's own probe; its L2 weight is swept on a held-out par
 classifier then fitted on all of them. Nearest neighbours vote with `exp(cosine / temperature)` (Wu et al. 2018, as DINO
 evaluates).
 
+Few shots: so many training pictures of each class, drawn by their keys; several numbers give a curve, several draws a
+mean and a standard deviation. Pictures are embedded once for all of them.
+
 Shapes: `n` training and `m` test pictures, `D` dimensions, `C` classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_train.data.hashing import SHOTS, mix, text_hash
 from clip_train.errors import DataError
 from clip_train.evaluation.encode import Gather, Loaded, Rows, alone, evaluating, gathered, in_order
 from clip_train.evaluation.metrics import rank_of_label, top
@@ -29,6 +34,31 @@ SWEEP = [10.0**exponent for exponent in range(-6, 3)]
 HELD_OUT = 0.2
 """Share of the training pictures on which they are compared."""
 
+_Set = tuple[Tensor, Tensor, Rows]
+
+
+Scores = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, float]]]
+"""Training features `(n, D)` and labels `(n,)` -> scores of the test pictures `(m, C)`, and figures of the fit."""
+
+
+@dataclass(frozen=True)
+class Shots:
+    """How few training pictures of each class are taken: numbers, the smallest first, and how often each is drawn."""
+
+    numbers: Sequence[int]
+    draws: int = 1
+    curve: bool = False
+    """Report every number by itself."""
+
+    @classmethod
+    def of(cls, shots: int | Sequence[int] | None, draws: int) -> Shots | None:
+        """As a task gives them. None takes all training pictures."""
+        if shots is None:
+            return None
+        if isinstance(shots, int):
+            return cls([shots], draws, curve=draws > 1)
+        return cls(list(shots), draws, curve=True)
+
 
 def evaluate_linear_probe(
     loaded: Loaded,
@@ -36,27 +66,27 @@ def evaluate_linear_probe(
     reading: Reading,
     class_names: Sequence[str],
     *,
-    shots: int | None,
+    shots: Shots | None,
     device: torch.device,
     precision: str = "fp32",
     gather: Gather = alone,
 ) -> EvalResult:
     """Fit on `training`, classify `reading`. All ranks call it; each embeds its part and all fit the same.
 
-    Args:
-        shots: pictures of each class to train on, drawn by their keys; None takes all.
-
-    Metrics and rows as zero-shot's (`summarise`), and `train_samples`, `l2`.
+    Metrics and rows as zero-shot's (`summarise`), and `train_samples`, `l2`. With a curve of shots these are the first
+    draw of the largest number, and there are `shots/N/top1`, the mean over draws, and `shots/N/sd` of each number.
 
     Raises:
         DataError: a label is no class, or the training pictures are of one class.
     """
-    train, test = _both(loaded, training, reading, class_names, shots, device, precision, gather)
-    weights, bias, l2 = fit_swept(train[0].to(device), train[1].to(device), len(class_names))
-    logits = test[0].to(device) @ weights.T + bias
-    result = _result(logits, test, reading, class_names)
-    result.metrics.update(train_samples=float(len(train[0])), l2=l2)
-    return result
+    train, test = _both(loaded, training, reading, class_names, device, precision, gather)
+    seen = test[0].to(device)
+
+    def scores(features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        weights, bias, l2 = fit_swept(features.to(device), labels.to(device), len(class_names))
+        return seen @ weights.T + bias, {"l2": l2}
+
+    return _learned(scores, train, test, training, reading, class_names, shots)
 
 
 def evaluate_knn(
@@ -67,23 +97,64 @@ def evaluate_knn(
     *,
     neighbours: int,
     temperature: float,
-    shots: int | None,
+    shots: Shots | None,
     device: torch.device,
     precision: str = "fp32",
     gather: Gather = alone,
 ) -> EvalResult:
     """Each picture gets the votes of its nearest `neighbours` in `training`; else as `evaluate_linear_probe`."""
-    train, test = _both(loaded, training, reading, class_names, shots, device, precision, gather)
-    memory = F.normalize(train[0], dim=1).to(device)
-    votes = torch.cat(
-        [
-            knn_votes(F.normalize(part, dim=1).to(device), memory, train[1].to(device), len(class_names), neighbours,
-                      temperature)
-            for part in test[0].split(1024)
+    train, test = _both(loaded, training, reading, class_names, device, precision, gather)
+    queries = F.normalize(test[0], dim=1).to(device)
+
+    def scores(features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        memory, of_memory = F.normalize(features, dim=1).to(device), labels.to(device)
+        votes = [
+            knn_votes(part, memory, of_memory, len(class_names), neighbours, temperature)
+            for part in queries.split(1024)
         ]
-    )  # fmt: skip
-    result = _result(votes, test, reading, class_names)
-    result.metrics.update(train_samples=float(len(train[0])))
+        return torch.cat(votes), {}
+
+    return _learned(scores, train, test, training, reading, class_names, shots)
+
+
+def _learned(
+    scores: Scores,
+    train: _Set,
+    test: _Set,
+    training: Reading,
+    reading: Reading,
+    class_names: Sequence[str],
+    shots: Shots | None,
+) -> EvalResult:
+    """What `scores` makes of all training pictures, or of each number of shots and each draw."""
+    features, labels, rows = train
+    if len(np.unique(rows["labels"])) < 2:
+        raise DataError(
+            f"{', '.join(training.collection.patterns)}: the training pictures are all of one class: nothing can be "
+            "learned"
+        )
+    if shots is None:
+        found, figures = scores(features, labels)
+        result = _result(found, test, reading, class_names)
+        result.metrics.update(train_samples=float(len(features)), **figures)
+        return result
+    curve: dict[str, float] = {}
+    result: EvalResult | None = None
+    for number in shots.numbers:
+        right: list[float] = []
+        for draw in range(shots.draws):
+            taken = draw_shots(rows["keys"].tolist(), rows["labels"], number, draw)
+            found, figures = scores(features[taken], labels[taken])
+            one = _result(found, test, reading, class_names)
+            right.append(one.metrics["top1"])
+            if draw == 0:
+                result = one
+                result.metrics.update(train_samples=float(len(taken)), **figures)
+        curve[f"shots/{number}/top1"] = float(np.mean(right))
+        if shots.draws > 1:
+            curve[f"shots/{number}/sd"] = float(np.std(right, ddof=1))
+    assert result is not None
+    result.metrics.update(curve if shots.curve else {})
     return result
 
 
@@ -148,11 +219,13 @@ def knn_votes(
     return votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp())
 
 
-def draw_shots(keys: Sequence[str], labels: npt.NDArray[np.int64], shots: int) -> npt.NDArray[np.int64]:
-    """Rows of the first `shots` pictures of each class in an order that depends on their keys alone."""
-    from clip_train.data.hashing import text_hash
+def draw_shots(keys: Sequence[str], labels: npt.NDArray[np.int64], shots: int, draw: int = 0) -> npt.NDArray[np.int64]:
+    """Rows of the first `shots` pictures of each class in an order that depends on their keys and the draw alone.
 
-    order = np.argsort(np.array([text_hash(key) for key in keys]), kind="stable")
+    So the pictures of 4 shots are among those of 8. A class with fewer pictures gives all it has.
+    """
+    hashes = mix(SHOTS, draw, np.array([text_hash(key) for key in keys], dtype=np.int64))
+    order = np.argsort(hashes, kind="stable")
     taken: dict[int, int] = {}
     rows: list[int] = []
     for row in order.tolist():
@@ -163,15 +236,11 @@ def draw_shots(keys: Sequence[str], labels: npt.NDArray[np.int64], shots: int) -
     return np.sort(np.array(rows, dtype=np.int64))
 
 
-_Set = tuple[Tensor, Tensor, Rows]
-
-
 def _both(
     loaded: Loaded,
     training: Reading,
     reading: Reading,
     class_names: Sequence[str],
-    shots: int | None,
     device: torch.device,
     precision: str,
     gather: Gather,
@@ -181,13 +250,6 @@ def _both(
     with evaluating(loaded.model, device, precision):
         train = in_order(gathered(gather, lambda: _embed(loaded, training, class_names, device)))
         test = in_order(gathered(gather, lambda: _embed(loaded, reading, class_names, device)))
-    if shots is not None:
-        rows = draw_shots(train["keys"].tolist(), train["labels"], shots)
-        train = {name: array[rows] for name, array in train.items()}
-    if len(np.unique(train["labels"])) < 2:
-        raise DataError(
-            f"{', '.join(training.patterns)}: the training pictures are all of one class: nothing can be learned"
-        )
     return _as_tensors(train), _as_tensors(test)
 
 

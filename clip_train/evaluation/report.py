@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_train.evaluation import page, report_charts, report_galleries
+from clip_train.evaluation import page, report_charts, report_galleries, report_robustness
 from clip_train.evaluation.gallery import Album
 from clip_train.evaluation.page import text
 from clip_train.evaluation.plots import compact, percent
@@ -28,6 +28,7 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [
         _header(run),
         report_charts.accuracy(run, images),
+        report_robustness.robustness(run, images),
         *report_galleries.names(run, album, images),
         *report_galleries.searches(run, album, images),
         *report_galleries.confusions(run, album, images),
@@ -117,7 +118,9 @@ def _stats(run: Run) -> list[tuple[str, str]]:
 def _figures(run: Run) -> str:
     if not run.figures:
         return ""
-    rows = [(name, _figure(name, value)) for name, value in sorted(run.figures.items())]
+    # Spoiled pictures have a chart of their own, and are many.
+    shown = {name: value for name, value in run.figures.items() if "/corrupted/" not in name}
+    rows = [(name, _figure(name, value)) for name, value in sorted(shown.items())]
     half = -(-len(rows) // 2)
     tables = "".join(page.table(part) for part in (rows[:half], rows[half:]) if part)
     return page.section("figures", "All figures", "As in eval.json.", f'<div class="two">{tables}</div>')
@@ -125,10 +128,12 @@ def _figures(run: Run) -> str:
 
 def _figure(name: str, value: float) -> str:
     short = name.rpartition("/")[2]
-    if short in ("samples", "classes", "images", "captions", "skipped"):
+    if short in ("samples", "classes", "images", "captions", "skipped", "train_samples"):
         return f"{value:,.0f}"
     if short == "median_rank":
         return f"{value:,.1f}"
+    if short == "l2":
+        return compact(value)
     return percent(value)
 
 

@@ -48,6 +48,12 @@ def accuracy(run: Run, images: dict[str, bytes]) -> str:
             "<h3>Over training</h3>"
             + _both("accuracy_over_training", lambda t: plots.panels(over_time, t), images, "accuracy over steps")
         )
+    over_shots = _over_shots(run)
+    if over_shots:
+        charts.append(
+            "<h3>Over training pictures of each class</h3>"
+            + _both("accuracy_over_shots", lambda t: plots.panels(over_shots, t), images, "accuracy over shots")
+        )
     if not charts:
         return ""
     note = (
@@ -78,6 +84,20 @@ def _over_training(run: Run) -> list[Panel]:
             chance = m.get("text_to_image/chance_r@10")
             reference = (chance, f"chance {percent(chance)}") if chance is not None else None
             items.append(Panel(f"Retrieval R@10, {words(name)}", series, percent=True, reference=reference))
+    return items
+
+
+def _over_shots(run: Run) -> list[Panel]:
+    """Few-shot curves: top-1 over the number of training pictures of each class, the mean of all draws."""
+    items: list[Panel] = []
+    for kind, title in (("linear_probe", "Linear probe"), ("knn", "Nearest neighbours")):
+        for name, m in run.tasks(kind).items():
+            found = {int(key.split("/")[1]): v for key, v in m.items() if key.startswith("shots/") and "top1" in key}
+            if len(found) > 1:
+                shots = sorted(found)
+                series = np.array(shots, float), np.array([found[number] for number in shots])
+                reference = (m["chance"], f"chance {percent(m['chance'])}") if "chance" in m else None
+                items.append(Panel(f"{title}, {words(name)}", {"top-1": series}, percent=True, reference=reference))
     return items
 
 

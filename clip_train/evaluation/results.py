@@ -25,7 +25,11 @@ _RETRIEVAL = {
 
 
 def benchmark_rows(figures: Mapping[str, float], tasks: Mapping[str, Task], model: str) -> list[dict[str, Any]]:
-    """One entry a task, with the keys that `clip_benchmark build` reads."""
+    """One entry a task, with the keys that `clip_benchmark build` reads.
+
+    Each corruption at each severity is a data set of its own, `TASK/NAME/SEVERITY`, as ImageNet-C's folders are; each
+    number of shots of a curve an entry with `fewshot_k`.
+    """
     rows: list[dict[str, Any]] = []
     for name, task in tasks.items():
         names = _RETRIEVAL if isinstance(task, Retrieval) else _CLASSIFICATION
@@ -39,6 +43,14 @@ def benchmark_rows(figures: Mapping[str, float], tasks: Mapping[str, Task], mode
                 "language": "en",
             }
         )
+        one, prefix = rows[-1], f"{task.kind}/{name}/"
+        for figure, value in figures.items():
+            kind, _, rest = figure.removeprefix(prefix).partition("/")
+            if not figure.startswith(prefix) or kind not in ("corrupted", "shots") or rest.endswith("/sd"):
+                continue
+            own: dict[str, Any] = {"metrics": {"acc1": value}}
+            own |= {"dataset": f"{name}/{rest}"} if kind == "corrupted" else {"fewshot_k": int(rest.partition("/")[0])}
+            rows.append(one | own)
     return rows
 
 
@@ -48,7 +60,10 @@ def write_benchmark(run_dir: Path, figures: Mapping[str, float], tasks: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     rows = benchmark_rows(figures, tasks, model)
     for row in rows:
-        (folder / f"{row['dataset']}.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+        shots = f"-{row['fewshot_k']}shot" if "fewshot_k" in row else ""
+        (folder / f"{row['dataset'].replace('/', '-')}{shots}.json").write_text(
+            json.dumps(row, indent=2) + "\n", encoding="utf-8"
+        )
     flat = [{**row["metrics"], **{k: v for k, v in row.items() if k != "metrics"},
              "model_fullname": f"{row['model']} {row['pretrained']}"} for row in rows]  # fmt: skip
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:

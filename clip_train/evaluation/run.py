@@ -8,24 +8,30 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clip_train.config.schema import Knn, LinearProbe, Retrieval, Task, ZeroShot
+from clip_train.config.schema import Classified, LinearProbe, Retrieval, Task, ZeroShot
 from clip_train.data.cache import Cache
+from clip_train.data.collections.base import Collection
+from clip_train.data.collections.opening import open_collection
+from clip_train.data.collections.shards import Shards
 from clip_train.errors import ConfigError
-from clip_train.evaluation.encode import Gather, Loaded, Rows, alone
-from clip_train.evaluation.probe import evaluate_knn, evaluate_linear_probe
-from clip_train.evaluation.reading import Advance, Reading, read_lines
+from clip_train.evaluation.encode import Gather, Loaded, Rows, agreed, alone
+from clip_train.evaluation.probe import Shots, evaluate_knn, evaluate_linear_probe
+from clip_train.evaluation.reading import Advance, Reading, class_places, read_lines
 from clip_train.evaluation.results import write_benchmark
 from clip_train.evaluation.retrieval import evaluate_retrieval
+from clip_train.evaluation.robustness import Spoiling
 from clip_train.evaluation.zeroshot import EvalResult, evaluate_zeroshot
 
 
@@ -62,21 +68,24 @@ def evaluate(
     for name, task in tasks.items():
         check_task_name(name)
         started = time.perf_counter()
-        reading = Reading.of(
-            task.shards,
+        columns = {"image": task.image, **_columns(task)}
+        opened = partial(open_data, columns=columns, relative_to=relative_to, cache=cache)
+        collection = agreed(gather, partial(opened, task.shards, task.data))
+        reading = Reading(
+            collection,
             loaded.preprocess,
-            relative_to=relative_to,
-            cache=cache,
-            image=task.image,
+            label=not isinstance(task, Retrieval),
+            captions=isinstance(task, Retrieval),
             batch_size=batch_size,
             workers=workers,
             rank=rank,
             world=world,
         )
         training = None
-        if isinstance(task, LinearProbe | Knn):
-            training = reading.instead(task.train_shards, relative_to)
-        total = len(reading) + (0 if training is None else len(training))
+        if isinstance(task, Classified):
+            learned = agreed(gather, partial(opened, task.train_shards, task.train_data))
+            training = replace(reading, collection=learned)
+        total = len(reading) * passes(task) + (0 if training is None else len(training))
         with _progress(console if rank == 0 else None, name, total) as advance:
             reading = replace(reading, advance=advance)
             if training is not None:
@@ -93,6 +102,36 @@ def evaluate(
     return figures
 
 
+def open_data(
+    shards: str | list[str] | None,
+    data: str | None,
+    columns: Mapping[str, str],
+    relative_to: Path | None = None,
+    cache: Cache | None = None,
+) -> Collection:
+    """The pictures of a task: shards with their columns, or the data that `data` names.
+
+    Raises ConfigError or DataError where they are not there.
+    """
+    if data is not None:
+        return open_collection(data, relative_to)
+    assert shards is not None
+    return Shards.of(shards, relative_to=relative_to, cache=cache, **columns)
+
+
+def _columns(task: Task) -> dict[str, str]:
+    return {"caption": task.caption} if isinstance(task, Retrieval) else {"label": task.label}
+
+
+def passes(task: Task) -> int:
+    """How often a task reads its pictures."""
+    return 1 + len(_spoiling(task)) if isinstance(task, ZeroShot) and task.corruptions else 1
+
+
+def _spoiling(task: ZeroShot) -> Spoiling:
+    return Spoiling.of(task.corruptions, task.severities, task.corruption_seed)
+
+
 def _measure(
     loaded: Loaded,
     task: Task,
@@ -103,30 +142,41 @@ def _measure(
     precision: str,
     gather: Gather,
 ) -> EvalResult:
+    how: dict[str, Any] = {"device": device, "precision": precision, "gather": gather}
+    if isinstance(task, Retrieval):
+        how |= {"most_captions": task.most_captions, "merge": task.equal_captions == "one", "folds": task.folds}
+        return evaluate_retrieval(loaded, reading, **how)
+    names = read_classes(task.classes, reading if training is None else training, relative_to)
+    reading = _named(reading, names, task.classes)
     if isinstance(task, ZeroShot):
-        return evaluate_zeroshot(
-            loaded,
-            replace(reading, label=task.label),
-            read_lines(task.classes, relative_to),
-            read_templates(task, relative_to),
-            device=device,
-            precision=precision,
-            gather=gather,
-        )
-    if isinstance(task, LinearProbe | Knn):
-        assert training is not None
-        reading, training = replace(reading, label=task.label), replace(training, label=task.label)
-        names = read_lines(task.classes, relative_to)
-        if isinstance(task, LinearProbe):
-            return evaluate_linear_probe(
-                loaded, training, reading, names, shots=task.shots, device=device, precision=precision, gather=gather
-            )
-        return evaluate_knn(
-            loaded, training, reading, names, neighbours=task.neighbours, temperature=task.temperature,
-            shots=task.shots, device=device, precision=precision, gather=gather,
-        )  # fmt: skip
-    reading = replace(reading, caption=task.caption)
-    return evaluate_retrieval(loaded, reading, device=device, precision=precision, gather=gather)
+        spoiling = _spoiling(task) if task.corruptions else None
+        return evaluate_zeroshot(loaded, reading, names, read_templates(task, relative_to), spoiling=spoiling, **how)
+    assert training is not None
+    training = _named(training, names, task.classes)
+    how["shots"] = Shots.of(task.shots, task.draws)
+    if isinstance(task, LinearProbe):
+        return evaluate_linear_probe(loaded, training, reading, names, **how)
+    return evaluate_knn(
+        loaded, training, reading, names, neighbours=task.neighbours, temperature=task.temperature, **how
+    )
+
+
+def read_classes(file: str | None, reading: Reading, relative_to: Path | None = None) -> list[str]:
+    """Names of the classes: of the file, or those that the data have.
+
+    Raises ConfigError where there is no file and the data have none.
+    """
+    if file is not None:
+        return read_lines(file, relative_to)
+    if reading.collection.classes is None:
+        raise ConfigError(f"{reading.collection.patterns[0]}: has no names of classes: give a text file, classes = …")
+    return list(reading.collection.classes)
+
+
+def _named(reading: Reading, names: Sequence[str], file: str | None) -> Reading:
+    collection = reading.collection
+    where = ", ".join(collection.patterns)
+    return replace(reading, places=class_places(collection.classes, names, where, file or "the training data"))
 
 
 def read_templates(task: ZeroShot, relative_to: Path | None = None) -> list[str]:
@@ -140,10 +190,11 @@ def headline(name: str, task: Task, result: EvalResult) -> str:
     """One line for the console."""
     m = result.metrics
     if not isinstance(task, Retrieval):
+        robust = f"; spoiled {m['corrupted_top1']:.1%}" if "corrupted_top1" in m else ""
         learned = f" after {m['train_samples']:,.0f}" if "train_samples" in m else ""
         return (
             f"[bold]{name}[/]: top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} of {m['samples']:,.0f} pictures{learned} "
-            f"among {m['classes']:,.0f} classes (chance {m['chance']:.2%}, majority {m['majority']:.2%})"
+            f"among {m['classes']:,.0f} classes (chance {m['chance']:.2%}, majority {m['majority']:.2%}){robust}"
         )
     return (
         f"[bold]{name}[/]: R@10 image to text {m['image_to_text/r@10']:.1%} "

@@ -34,6 +34,7 @@ from clip_train.evaluation.encode import (
 )
 from clip_train.evaluation.metrics import per_class_mean, rank_of_label, top
 from clip_train.evaluation.reading import Reading
+from clip_train.evaluation.robustness import Spoiling, corrupted_accuracy, robustness
 
 SHOWN = 5
 """Guesses of each picture that are kept."""
@@ -56,12 +57,13 @@ def evaluate_zeroshot(
     device: torch.device,
     precision: str = "fp32",
     gather: Gather = alone,
+    spoiling: Spoiling | None = None,
 ) -> EvalResult:
     """Classify every picture of `reading` by its label, and count. All ranks call it, each with its own `reading`.
 
     Metrics: `top1`, `top5`, `per_class_mean` (mean over the classes that occur of their recall), `chance` and
     `chance_top5` (1/C, 5/C), `majority` (the share of the commonest class, which a model that ignores the picture
-    could reach), `samples`, `classes`. Ties count as wrong (see `metrics`).
+    could reach), `samples`, `classes`. Ties count as wrong (see `metrics`). With `spoiling`, `robustness`' figures too.
 
     Rows: `keys (n,)`, `shard (n,)` index into `shards`, `labels (n,)`, `ranks (n,)` of the true class,
     `predictions (n, 5)` with their `similarities` (cosines) and `probabilities` (softmax over all classes at the
@@ -83,14 +85,20 @@ def evaluate_zeroshot(
             ),
             device,
         )
-        found = gathered(gather, lambda: _classify(loaded, reading, class_names, classes, scale, device))
+
+        def classify(reading: Reading) -> Rows:
+            return _classify(loaded, reading, class_names, classes, scale, device)
+
+        found = gathered(gather, lambda: classify(reading))
+        spoiled = {} if spoiling is None else corrupted_accuracy(classify, reading, spoiling, gather)
     rows = in_order(found)
     rows |= {
         "shard": reading.shard_of(np.arange(len(rows["keys"]))),
         **reading.names(),
         "classes": np.array(class_names),
     }
-    return EvalResult(summarise(rows["ranks"], rows["labels"], len(class_names)), rows)
+    metrics = summarise(rows["ranks"], rows["labels"], len(class_names))
+    return EvalResult(metrics | robustness(metrics["top1"], spoiled), rows)
 
 
 def summarise(ranks: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], classes: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch
 from conftest import picture
 from tars import write_tar
 
+from clip_train.data.collections.shards import Shards
 from clip_train.data.decode import decode
 from clip_train.data.samples import read_samples
 from clip_train.data.shards import index
@@ -33,7 +34,7 @@ def test_every_sample_once_in_order(indexes: list, world: int, workers: int) -> 
     seen: dict[int, tuple[str, object, object]] = {}
     for rank in range(world):
         reader = read_samples(
-            indexes, VIEW, image="png", label="cls", caption="json.captions",
+            Shards(indexes, image="png", label="cls", caption="json.captions"), VIEW, label=True, captions=True,
             batch_size=5, rank=rank, world=world, workers=workers,
         )  # fmt: skip
         numbers: list[int] = []
@@ -48,10 +49,10 @@ def test_every_sample_once_in_order(indexes: list, world: int, workers: int) -> 
 
 
 def test_columns_not_asked_for_are_not_read(indexes: list) -> None:
-    (batch,) = read_samples(indexes[:1], VIEW, image="png", label="json.label")
+    (batch,) = read_samples(Shards(indexes[:1], image="png", label="json.label"), VIEW, label=True)
     assert batch.captions == [] and batch.labels == ["fox"] * 5
     with pytest.raises(DataError, match="`label = 'txt'`"):
-        read_samples(indexes, VIEW, image="png", label="txt")
+        read_samples(Shards(indexes, image="png", label="txt"), VIEW, label=True)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -59,4 +60,4 @@ def test_a_bad_sample_is_not_skipped(tmp_path: Path, workers: int) -> None:
     members = [("1.png", picture(1)), ("1.cls", b"1"), ("2.png", picture(2)[:300]), ("2.cls", b"1")]
     indexes = [index(str(write_tar(tmp_path / "x.tar", members)))]
     with pytest.raises(DataError, match=r"x\.tar: sample '2' cannot be evaluated"):
-        list(read_samples(indexes, VIEW, image="png", label="cls", workers=workers))
+        list(read_samples(Shards(indexes, image="png", label="cls"), VIEW, label=True, workers=workers))

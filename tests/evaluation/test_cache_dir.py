@@ -11,10 +11,10 @@ import pytest
 from clip_train.build import build_cache
 from clip_train.config import dump_recipe, load_recipe
 from clip_train.data.cache import Cache
+from clip_train.data.collections import shards as collection
 from clip_train.data.shards import ShardIndex
 from clip_train.data.shards import index as list_shard
-from clip_train.data.transforms import Preprocess
-from clip_train.evaluation import reading
+from clip_train.evaluation.run import open_data
 from clip_train.evaluation.run_folder import read_run
 
 
@@ -39,7 +39,7 @@ def test_a_reading_lists_its_shards_through_the_cache(
         asked.append(cache)
         return list_shard(shard, cache)
 
-    monkeypatch.setattr(reading, "index", index)
+    monkeypatch.setattr(collection, "index", index)
     cache = Cache(folder=tmp_path)
-    assert len(reading.Reading.of(shards, Preprocess(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), cache=cache)) == 60
+    assert len(open_data(shards, None, {"image": "png"}, cache=cache)) == 60
     assert asked == [cache] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from sklearn.linear_model import LogisticRegression  # pyright: ignore
 
 from clip_train.config.schema import Knn, LinearProbe
+from clip_train.data.collections.shards import Shards
 from clip_train.errors import DataError
 from clip_train.evaluation.probe import draw_shots, fit_logistic, fit_swept, knn_votes
 from clip_train.evaluation.run import evaluate
 
-from .colours import COLOURS, classified, loaded
+from .colours import COLOURS, classified, loaded, picture, write_shard
 
 
 def clouds(n: int = 300, classes: int = 4, dimensions: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +97,60 @@ def test_through_the_evaluation(tmp_path: Path) -> None:
     assert figures["linear_probe/few/train_samples"] == 6
     with np.load(tmp_path / "run/eval/probe.npz", allow_pickle=False) as rows:
         assert rows["predictions"][:6, 0].tolist() == list(range(6))
+
+
+def test_a_curve_of_shots_is_made_of_single_ones(tmp_path: Path) -> None:
+    """Pictures of random colours, so that it matters which were drawn."""
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    for name, count in (("train", 60), ("test", 40)):
+        colours = [tuple(int(value) for value in rng.integers(0, 256, 3)) for _ in range(count)]
+        samples = [
+            (f"s{number:03d}", {"png": picture((r, g, b)), "cls": str(number % 3).encode()})
+            for number, (r, g, b) in enumerate(colours)
+        ]
+        write_shard(tmp_path / f"{name}.tar", samples)
+    (tmp_path / "classes.txt").write_text("\n".join(names[:3]))
+    same: dict[str, Any] = {"train_shards": "train.tar", "shards": "test.tar", "classes": "classes.txt"}
+    tasks = {
+        "curve": Knn(**same, shots=[1, 4], draws=3, neighbours=3),
+        "four": Knn(**same, shots=4, neighbours=3),
+        "probe": LinearProbe(**same, shots=[2, 5]),
+        "five": LinearProbe(**same, shots=5),
+    }
+    figures = evaluate(loaded(), tasks, relative_to=tmp_path, run_dir=tmp_path / "run")
+    assert figures["knn/curve/top1"] == figures["knn/four/top1"], "the largest number, the first draw"
+    assert figures["knn/curve/train_samples"] == 12
+    assert figures["linear_probe/probe/shots/5/top1"] == figures["linear_probe/five/top1"]
+    assert not [name for name in figures if name.startswith(("knn/four/shots", "linear_probe/probe/shots/5/sd"))]
+
+    # Draws by hand: the keys of the shard, and its labels.
+    keys, labels = [f"s{number:03d}" for number in range(60)], np.arange(60) % 3
+    draws = [draw_shots(keys, labels, 4, draw) for draw in range(3)]
+    assert len({tuple(rows) for rows in draws}) == 3
+    assert set(draw_shots(keys, labels, 1, 1)) < set(draws[1]), "of one draw, fewer shots are among more"
+    right: list[float] = []
+    for rows in draws:
+        memory, asked = pixels_of(tmp_path / "train.tar")[rows], pixels_of(tmp_path / "test.tar")
+        votes = knn_votes(asked, memory, torch.from_numpy(labels[rows]), 3, 3, 0.07)
+        truth = torch.arange(40) % 3
+        own = votes.gather(1, truth[:, None])
+        right.append(float(((votes >= own).sum(1) == 1).float().mean()))
+    assert figures["knn/curve/shots/4/top1"] == pytest.approx(np.mean(right))
+    assert figures["knn/curve/shots/4/sd"] == pytest.approx(np.std(right, ddof=1))
+
+    table = list(csv.DictReader((tmp_path / "run/eval/clip_benchmark/results.csv").open()))
+    curve = {
+        int(row["fewshot_k"]): float(row["acc1"]) for row in table if row["dataset"] == "curve" and row["fewshot_k"]
+    }
+    assert curve == {number: figures[f"knn/curve/shots/{number}/top1"] for number in (1, 4)}
+
+
+def pixels_of(shard: Path) -> torch.Tensor:
+    """Unit vectors that the fake model gives, in the order of the keys."""
+    collection = Shards.of(str(shard))
+    pixels = [torch.from_numpy(collection.pixels(number)).float() for number in range(len(collection))]
+    return torch.nn.functional.normalize(torch.stack([one.mean((0, 1)) / 127.5 - 1 for one in pixels]), dim=1)
 
 
 def test_one_class_is_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from clip_train.data.collections.shards import Shards
 from clip_train.errors import DataError
 from clip_train.evaluation.reading import Reading
 from clip_train.evaluation.retrieval import distinct_captions, evaluate_retrieval, search
@@ -17,8 +18,8 @@ from .ranks import run_ranks
 CPU = torch.device("cpu")
 
 
-def reading(*shards: Path, **how: Any) -> Reading:
-    return Reading.of([str(shard) for shard in shards], PREPROCESS, caption="json.captions", **how)
+def reading(*shards: Path, caption: str = "json.captions", **how: Any) -> Reading:
+    return Reading(Shards.of([str(shard) for shard in shards], caption=caption), PREPROCESS, captions=True, **how)
 
 
 @pytest.mark.parametrize("block_scores", [1, 100, 1 << 20])
@@ -97,4 +98,4 @@ def test_ranks_together_are_the_whole(tmp_path: Path) -> None:
 def test_a_wrong_caption_key_stops(tmp_path: Path) -> None:
     shard = captioned(tmp_path / "a.tar", [("red", ["red"])])
     with pytest.raises(DataError, match=r"json\.caption.*json\.captions"):
-        evaluate_retrieval(loaded(), Reading.of(str(shard), PREPROCESS, caption="json.caption"), device=CPU)
+        evaluate_retrieval(loaded(), reading(shard, caption="json.caption"), device=CPU)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from clip_train.data.collections.shards import Shards
 from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.reading import Reading
 from clip_train.evaluation.zeroshot import (
@@ -26,7 +27,7 @@ CLASSES = list(COLOURS)
 
 
 def reading(*shards: Path, **how: Any) -> Reading:
-    return Reading.of([str(shard) for shard in shards], PREPROCESS, label="cls", **how)
+    return Reading(Shards.of([str(shard) for shard in shards], label="cls"), PREPROCESS, label=True, **how)
 
 
 def test_class_embedding_is_the_mean_of_normalised_prompts() -> None:
