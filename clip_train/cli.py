@@ -124,7 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("out", type=Path, help="folder; a run that was cut goes on where it is given again")
     embed.add_argument("--image", default="jpg;jpeg;png;webp", help="member that holds the picture")
     embed.add_argument("--caption", default="txt", help="member or json.FIELD; 'none' embeds pictures alone")
-    embed.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="numbers on disk")
+    embed.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="numbers on disk (numpy has no bf16)")
+    embed.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
+                       help="the towers' arithmetic (default: on a GPU that of training, else fp32)")  # fmt: skip
     embed.add_argument("--batch-size", type=int, default=256)
     embed.add_argument("--workers", type=int, default=0)
     embed.set_defaults(run=run_embed)
@@ -252,8 +254,8 @@ def run_embed(args: argparse.Namespace) -> int:
 
     return run_embedding(
         args.checkpoint, [args.shards], args.out, image=args.image,
-        caption=None if args.caption == "none" else args.caption, dtype=args.dtype, batch_size=args.batch_size,
-        workers=args.workers, console=console,
+        caption=None if args.caption == "none" else args.caption, dtype=args.dtype, precision=args.precision,
+        batch_size=args.batch_size, workers=args.workers, console=console,
     )  # fmt: skip
 
 

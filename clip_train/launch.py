@@ -113,12 +113,13 @@ def evaluate_loaded(loaded: LoadedModel, out: Path, process: Process, console: C
 
 
 def run_embedding(
-    path: Path, shards: Sequence[str], out: Path, *, image: str, caption: str | None, dtype: str, batch_size: int,
-    workers: int, console: Console,
+    path: Path, shards: Sequence[str], out: Path, *, image: str, caption: str | None, dtype: str, precision: str | None,
+    batch_size: int, workers: int, console: Console,
 ) -> int:  # fmt: skip
     """Embed shards with a checkpoint, on all processes."""
     loaded = load_checkpoint(read_checkpoint(path))
-    with launched("fp32" if not torch.cuda.is_available() else loaded.recipe.training.precision) as process:
+    usual = loaded.recipe.training.precision if torch.cuda.is_available() else "fp32"
+    with launched(precision or usual) as process:
         loaded.model.to(process.device)
         with Progress(
             TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn(),
