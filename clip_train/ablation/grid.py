@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 
@@ -319,12 +319,26 @@ def _check_comparison(comparison: Comparison, plans: dict[str, _Plan], where: st
 
 def _key(recipe: Recipe, grid: Grid, before: Cell | None) -> str:
     """Hash of a recipe without its name, and without where things lie."""
-    text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "description"}), sort_keys=True)
+    tree = {name: value for name, value in _said(recipe).items() if name not in ("name", "description")}
+    text = json.dumps(tree, sort_keys=True, default=str)
     if grid.file.vocabulary is not None:
         text = text.replace(json.dumps(str(grid.vocabulary)), grid.file.vocabulary.model_dump_json())
     if before is not None:
         text = text.replace(json.dumps(str(grid.folder(before)))[1:-1], before.key)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _said(value: object) -> Any:
+    """A recipe without what is as by default, so that a key that is new to the program changes no hash."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        kept = {name: getattr(value, name) for name in fields}
+        return {name: _said(one) for name, one in kept.items() if name == "kind" or one != fields[name].default}
+    if isinstance(value, dict):
+        return {name: _said(one) for name, one in cast("dict[str, object]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_said(one) for one in cast("Sequence[object]", value)]
+    return value
 
 
 def _nearest(name: str, valid: Iterable[str], what: str = "") -> str:

@@ -136,7 +136,7 @@ def _differences(results: Results, found: Sequence[Finding]) -> Callable[[Theme]
 
 
 def _tasks(results: Results) -> Callable[[Theme], Figure] | None:
-    names = _all_tasks(results)
+    names = list(dict.fromkeys(task for name in results.headline for task in results.tasks(name)))
     if not names:
         return None
     means = {(cell, name): _mean(results, cell, name) for cell in results.cells for name in names}

@@ -66,9 +66,11 @@ class Results:
         return [name for name in named if self.tasks(name)]
 
     def tasks(self, headline: str) -> list[str]:
-        """The figures that a headline stands for: itself, or all of an experiment (`exp1`, `exp2/`)."""
-        prefix = headline.rstrip("/") + "/"
-        return [name for name in self.metrics if name == headline or name.startswith(prefix)]
+        """The figures that a headline stands for: itself, or the tasks of an experiment (`exp1`), without their
+        variants (`exp1/TASK/VARIANT`)."""
+        if headline not in EXPERIMENTS:
+            return [name for name in self.metrics if name == headline]
+        return [name for name in self.metrics if name.startswith(f"{headline}/") and name.count("/") == 1]
 
     def values(self, cell: str, headline: str) -> Floats:
         """`(S,)`: a headline figure of a cell by seed; of an experiment, the mean of its tasks as `unit` says."""
