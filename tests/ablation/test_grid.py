@@ -142,3 +142,15 @@ def test_contradictions_are_found_before_training(grid_of: Callable[..., Grid], 
     with pytest.raises(UserError, match=r"cell 'causal-cls'.*cls"):
         check(grid)
     assert not (tmp_path / "out").exists()
+
+
+def test_shipped_grid_is_whole() -> None:
+    grid = load_grid(Path(__file__).parents[2] / "configs/ablations/text-tower.toml", Path("runs/none"))
+    names = {cell.name for cell in grid.cells}
+    product = {f"{mask}-{pool}" for mask in ("causal", "bidirectional") for pool in ("eot", "mean", "max", "map")}
+    assert product < names
+    assert {"bidirectional-cls", "mlm", "clm", "random-causal", "random-bidirectional"} < names
+    assert len({cell.seed for cell in grid.cells}) == 3
+    one_seed = [cell for cell in grid.cells if cell.seed == 0 and cell.name in product]
+    alike = {cell.recipe.model_dump_json(exclude={"name": True, "text": {"attention", "pool"}}) for cell in one_seed}
+    assert len(alike) == 1, "the cells of the product differ by mask and pool alone"
