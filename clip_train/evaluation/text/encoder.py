@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn import functional as F
 
 from clip_train.errors import CheckpointError, DataError
 from clip_train.models.base import TowerOutput
@@ -108,7 +108,7 @@ class PooledEncoder:
     """
 
     def __init__(
-        self, name: str, tower: TextTower, *, device: torch.device | str = "cpu", batch_tokens: int = 4096
+        self, name: str, tower: TextTower, *, device: torch.device | str = "cpu", batch_tokens: int = 2048
     ) -> None:
         self.name, self.tower, self.batch_tokens = name, tower, batch_tokens
         self.width, self.pools = tower.width, (OWN, *tower.free_pools)
@@ -138,6 +138,8 @@ class PooledEncoder:
 
     def pool(self, output: TowerOutput, ids: Tensor, pool: str) -> Tensor:
         """`(B, W)` by a pool without parameters."""
+        # Towers that attend to padding (SigLIP's) fill texts up themselves.
+        ids = F.pad(ids, (0, output.tokens.shape[1] - ids.shape[1]), value=self.tower.pad)
         return pool_tokens(output.tokens, output.valid, ids, self.tower.eot_id, pool)  # pyright: ignore[reportArgumentType]
 
     def encode(self, texts: Sequence[str], pool: str = OWN) -> Vectors:
@@ -154,7 +156,7 @@ class PooledEncoder:
     def joint_of(self, own: Vectors) -> Vectors | None:
         """As `joint`, of features that the own pool gave."""
         projected = self.tower.project(torch.from_numpy(own).to(self.device))
-        return None if projected is None else normalize(projected.float(), dim=-1).cpu().numpy()
+        return None if projected is None else F.normalize(projected.float(), dim=-1).cpu().numpy()
 
     def _one(self, found: dict[str, Vectors], pool: str) -> Vectors:
         if pool not in found:
