@@ -185,3 +185,20 @@ def test_missing_weights_are_refused_and_a_missing_pooler_is_not(bert: Path, tmp
                 open_encoder(folder)
         else:
             np.testing.assert_array_equal(open_encoder(folder).encode(TEXTS), open_encoder(bert).encode(TEXTS))
+
+
+def test_a_language_model_of_ours_gives_its_towers_output(tmp_path: Path) -> None:
+    from clip_train.loading import load_text
+
+    alone = ["loss.kind=mlm", "image=none", "model=none", "evaluation.tasks=none", "text.attention=bidirectional"]
+    steps = ["training.steps=1", "schedule.warmup_steps=0", "data.sources.pictograms.image=none"]
+    sets = [part for one in [*alone, *steps] for part in ("--set", one)]
+    assert main(["train", "debug", "--run-dir", str(tmp_path / "mlm"), *sets]) == 0
+    encoder, loaded = open_encoder(tmp_path / "mlm"), load_text(tmp_path / "mlm")
+    ids, lengths = loaded.tokenizer.encode_batch(TEXTS)
+    padded = torch.from_numpy(loaded.tokenizer.padded(ids, lengths)).long()
+    with torch.no_grad():
+        output = loaded.tower(padded, torch.from_numpy(lengths).long())
+    np.testing.assert_allclose(encoder.encode(TEXTS), output.pooled.numpy(), atol=1e-5)
+    assert encoder.joint(TEXTS) is None
+    assert set(acting_pools(encoder, pairs=True)) == set(encoder.pools)  # nothing is causal here

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from clip_train.errors import CheckpointError
 from clip_train.evaluation.text.encoder import Sequences, joined
-from clip_train.loading import load
+from clip_train.loading import load_checkpoint, load_language_model, read_recipe
 from clip_train.models.base import TowerOutput
+from clip_train.training.checkpoint import read_checkpoint
 from tokenizer import BPETokenizer
 
 
@@ -49,6 +50,13 @@ class OurTower:
 
 
 def open_tower(path: Path) -> OurTower:
-    """The text tower of a run folder or a checkpoint. Raises CheckpointError as `clip_train.load`."""
-    loaded = load(path)
+    """The text tower of a run folder or a checkpoint, of a CLIP or a language model.
+
+    Raises CheckpointError as `clip_train.load`.
+    """
+    checkpoint = read_checkpoint(path)
+    if read_recipe(checkpoint).image is None:
+        language = load_language_model(checkpoint)
+        return OurTower(language.model.towers["text"], language.tokenizer)
+    loaded = load_checkpoint(checkpoint)
     return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection)
