@@ -216,7 +216,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, np.random.Generator], Tens
     "fog": (fog, (0.6, 1.0, 1.6, 2.5, 4.0)),
     "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "elastic_transform": (elastic_transform, (2, 4, 6, 9, 13)),
+    "elastic_transform": (elastic_transform, (1.5, 3.0, 4.5, 6.5, 9.0)),
     "pixelate": (pixelate, (0.60, 0.50, 0.40, 0.30, 0.25)),
     "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7)),
 }

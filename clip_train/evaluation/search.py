@@ -96,7 +96,7 @@ def write_page(folder: Path, queries: Sequence[str], found: Sequence[Sequence[Hi
             f"<figcaption><b>{hit.cosine:.3f}</b> {text(hit.caption or hit.key)}</figcaption></figure>"
             for hit in hits
         ]
-        sections.append(section(f"query-{number}", query, "", f'<div class="found">{"".join(cells)}</div>'))
+        sections.append(section(f"query-{number}", query, "", f'<div class="hits">{"".join(cells)}</div>'))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page("Search", "\n".join(sections)), encoding="utf-8")
     return notes
