@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clip_train.data.collections.shards import Shards
 from clip_train.data.samples import read_samples
 from clip_train.data.shards import index, resolve
 from clip_train.data.transforms import Preprocess
@@ -67,7 +68,7 @@ def read_pictures(
     images: list[Tensor] = []
     captions: list[list[str]] = []
     keys: list[str] = []
-    for batch in read_samples(indexes, view, image=image, caption=caption):
+    for batch in read_samples(Shards(indexes, image=image, caption=caption), view, captions=True):
         images.append(batch.images)
         captions += batch.captions
         keys += batch.keys
