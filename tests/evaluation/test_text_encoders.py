@@ -202,3 +202,29 @@ def test_a_language_model_of_ours_gives_its_towers_output(tmp_path: Path) -> Non
     np.testing.assert_allclose(encoder.encode(TEXTS), output.pooled.numpy(), atol=1e-5)
     assert encoder.joint(TEXTS) is None
     assert set(acting_pools(encoder, pairs=True)) == set(encoder.pools)  # nothing is causal here
+
+
+def test_an_open_clip_directory_with_a_tower_of_transformers(bert: Path, tmp_path: Path) -> None:
+    import json
+
+    import open_clip
+    from safetensors.torch import save_file
+
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
+    text = {"hf_model_name": str(bert), "hf_tokenizer_name": str(bert), "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": "mlp", "hf_model_pretrained": False, "context_length": 32}  # fmt: skip
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text, "custom_text": True},
+              "preprocess_cfg": {}}  # fmt: skip
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    made = open_clip.CustomTextCLIP(8, vision, text)
+    save_file({name: tensor.contiguous() for name, tensor in made.state_dict().items()},
+              tmp_path / "open_clip_model.safetensors")  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((bert / name).read_bytes())
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    with torch.no_grad():
+        want = made.eval().encode_text(tokenizer(TEXTS), normalize=True).numpy()
+    encoder = open_encoder(tmp_path)
+    np.testing.assert_allclose(encoder.joint(TEXTS), want, atol=1e-5)
+    assert set(acting_pools(encoder, pairs=True)) == set(encoder.pools)

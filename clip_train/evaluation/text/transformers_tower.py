@@ -8,7 +8,7 @@ Shapes: `B` texts, `L` tokens of the longest, `W` width, `D` of the joint space.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,13 +34,21 @@ class TransformersTower:
     Args:
         own: the pool it was trained with, or the usual one of its kind.
         projection: CLIP's, behind the own pool.
+        clean: what a text goes through before the tokenizer.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, own: FreePool, longest: int, projection: nn.Module | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        own: FreePool,
+        longest: int,
+        projection: nn.Module | None = None,
+        clean: Callable[[str], str] | None = None,
     ) -> None:
         self.module, self.tokenizer, self.longest, self.projection = model, tokenizer, longest, projection
         self.own: FreePool = own
+        self._clean = clean
         config: Any = model.config
         self.width = int(getattr(config, "hidden_size", None) or config.d_model)
         self.pad = int(tokenizer.pad_token_id or 0)
@@ -52,7 +60,9 @@ class TransformersTower:
 
     def tokenise(self, first: Sequence[str], second: Sequence[str] | None) -> Sequences:
         """The tokenizer's own encoding, of pairs too; of two the longer one is cut first."""
-        texts = (list(first),) if second is None else (list(first), list(second))
+        texts = [list(part) for part in (first, second) if part is not None]
+        if self._clean is not None:
+            texts = [list(map(self._clean, part)) for part in texts]
         with_types = self._takes_types
         found = self.tokenizer(
             *texts, truncation="longest_first" if second is not None else True, max_length=self.longest,
