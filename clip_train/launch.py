@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,15 +16,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clip_train.build import build_cache, build_preprocess
+from clip_train.build import build_cache, build_objective, build_preprocess
 from clip_train.config.load import set_values
-from clip_train.config.schema import Recipe
+from clip_train.config.schema import Language, Recipe
 from clip_train.errors import CheckpointError, ConfigError
 from clip_train.evaluation.embed import embed
+from clip_train.evaluation.language import evaluate_language
 from clip_train.evaluation.run import evaluate
-from clip_train.loading import LoadedModel, load_checkpoint, read_recipe
+from clip_train.loading import LoadedLanguageModel, LoadedModel, load_checkpoint, load_language_model, read_recipe
 from clip_train.models.base import Model
+from clip_train.models.language import LanguageModel
 from clip_train.models.two_tower import TwoTower
+from clip_train.objectives.base import PerSample
 from clip_train.runtime import collectives
 from clip_train.runtime.parallel import unsharded
 from clip_train.runtime.process import Process, launched
@@ -59,9 +63,8 @@ def run_recipe(
             mark_interrupted(run_dir, None, 0)
 
         def evaluate_now(model: Model, tokenizer: BPETokenizer, step: int) -> Mapping[str, float]:
-            assert isinstance(model, TwoTower)
             collectives.broadcast_buffers(model)
-            loaded = LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, step)
+            loaded = loaded_of(model, tokenizer, recipe, step)
             with unsharded(model):
                 return evaluate_loaded(loaded, run_dir, process, console)
 
@@ -93,8 +96,37 @@ def write_environment(path: Path, process: Process) -> None:
     path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
-def evaluate_loaded(loaded: LoadedModel, out: Path, process: Process, console: Console) -> Mapping[str, float]:
+def loaded_of(model: Model, tokenizer: BPETokenizer, recipe: Recipe, step: int) -> LoadedModel | LoadedLanguageModel:
+    """A model in training, as evaluation takes it."""
+    if isinstance(model, LanguageModel):
+        return LoadedLanguageModel(model, tokenizer, recipe, step)
+    assert isinstance(model, TwoTower)
+    return LoadedModel(model, build_preprocess(recipe), tokenizer, recipe, step)
+
+
+def evaluate_loaded(
+    loaded: LoadedModel | LoadedLanguageModel, out: Path, process: Process, console: Console
+) -> Mapping[str, float]:
     """Every task of the recipe, on all processes; the first writes `eval.json` and prints the figures."""
+    if isinstance(loaded, LoadedLanguageModel):
+        objective = build_objective(loaded.recipe, loaded.tokenizer)
+        assert isinstance(objective, PerSample)
+        return evaluate_language(
+            loaded.model,
+            objective,
+            loaded.tokenizer,
+            {name: task for name, task in loaded.recipe.evaluation.tasks.items() if isinstance(task, Language)},
+            run_dir=out,
+            step=loaded.step,
+            batch_size=loaded.recipe.evaluation.batch_size,
+            cache=build_cache(loaded.recipe, commands=False),
+            device=process.device,
+            precision=process.precision,
+            rank=process.rank,
+            world=process.world,
+            gather=collectives.gather_objects,
+            console=console if process.is_main else None,
+        )
     return evaluate(
         loaded,
         loaded.recipe.evaluation.tasks,
@@ -149,12 +181,12 @@ def run_evaluation(path: Path, overrides: Sequence[str], out: Path | None, conso
     """Evaluate a run folder or a checkpoint by its recipe's tasks, as overridden."""
     checkpoint = read_checkpoint(path)
     recipe = set_values(read_recipe(checkpoint), overrides)
-    loaded = load_checkpoint(checkpoint, weights=recipe.evaluation.weights)
+    read = load_language_model if recipe.is_language else load_checkpoint
+    loaded = replace(read(checkpoint, weights=recipe.evaluation.weights), recipe=recipe)
     if not recipe.evaluation.tasks:
         raise CheckpointError(
             f"{path}: its recipe has no [evaluation.tasks.NAME]; add one with --set evaluation.tasks…"
         )
-    loaded = LoadedModel(loaded.model, loaded.preprocess, loaded.tokenizer, recipe, loaded.step)
     # A checkpoint lies in RUN/checkpoints/step_N.
     run_dir = out or checkpoint.path.parent.parent
     # What was trained in fp16 on a GPU can be evaluated without one.

@@ -139,7 +139,15 @@ class Knn(Classified):
     temperature: PositiveFloat = 0.07
 
 
-Task = Annotated[ZeroShot | Retrieval | LinearProbe | Knn, Field(discriminator="kind")]
+class Language(Section):
+    """Loss of held-out texts by a language model, by the run's own objective; which tokens are hidden is fixed."""
+
+    kind: Literal["language"] = "language"
+    shards: str | list[str]
+    caption: str = "txt"
+
+
+Task = Annotated[ZeroShot | Retrieval | LinearProbe | Knn | Language, Field(discriminator="kind")]
 
 
 class Evaluation(Section):

@@ -247,6 +247,7 @@ def _explain(problem: dict[str, Any]) -> str:
         "sigmoid",
         "mlm",
         "clm",
+        "language",
     }
     loc = [str(part) for part in problem["loc"]]
     key = ".".join(part for i, part in enumerate(loc) if not (i in (1, 3) and part in tags and loc[i - 1] != "kind"))

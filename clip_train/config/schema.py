@@ -13,7 +13,17 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field, model_validator
 
 from clip_train.config.data import Augment, ColorJitter, Data, Preprocess, RandAugment, Source, Tokenizer
-from clip_train.config.evaluation import Classified, Evaluation, Knn, LinearProbe, Logging, Retrieval, Task, ZeroShot
+from clip_train.config.evaluation import (
+    Classified,
+    Evaluation,
+    Knn,
+    Language,
+    LinearProbe,
+    Logging,
+    Retrieval,
+    Task,
+    ZeroShot,
+)
 from clip_train.config.section import Section
 from clip_train.config.towers import (
     BertText,
@@ -70,6 +80,7 @@ __all__ = [
     "Joint",
     "Knn",
     "Lamb",
+    "Language",
     "LayerDecay",
     "LinearProbe",
     "Lion",
@@ -168,6 +179,8 @@ class Recipe(Section):
             check_language(self)
         elif self.image is None:
             raise ValueError(f"loss.kind = {self.loss.kind!r} needs pictures: give [image], a tower for them")
+        elif named := [name for name, task in self.evaluation.tasks.items() if isinstance(task, Language)]:
+            raise ValueError(f"evaluation.tasks.{named[0]} (language) is for loss.kind = 'mlm' or 'clm'")
         if self.evaluation.weights == "ema" and self.training.ema is None:
             raise ValueError("evaluation.weights = 'ema' needs an average to measure: add [training.ema]")
         if self.training.sync_batch_norm and (self.image is None or self.image.kind != "resnet"):
@@ -230,6 +243,8 @@ def check_language(recipe: Recipe) -> None:
     if isinstance(decay, LayerDecay) and decay.image != 1.0:
         raise ValueError(f"optimizer.layer_decay.image: loss.kind = {kind!r} trains no image tower")
     for name, task in recipe.evaluation.tasks.items():
+        if isinstance(task, Language):
+            continue
         raise ValueError(
             f"evaluation.tasks.{name} ({task.kind}) needs pictures, which loss.kind = {kind!r} has not: take it away "
             f"with --set evaluation.tasks=none"

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clip_train.config.schema import Classified, LinearProbe, Retrieval, Task, ZeroShot
+from clip_train.config.schema import Classified, Language, LinearProbe, Retrieval, Task, ZeroShot
 from clip_train.data.cache import Cache
 from clip_train.data.collections.base import Collection
 from clip_train.data.collections.opening import open_collection
@@ -67,6 +67,8 @@ def evaluate(
     figures: dict[str, float] = {}
     for name, task in tasks.items():
         check_task_name(name)
+        if isinstance(task, Language):
+            raise ConfigError(f"evaluation.tasks.{name} is of language models, and this model has two towers")
         started = time.perf_counter()
         columns = {"image": task.image, **_columns(task)}
         opened = partial(open_data, columns=columns, relative_to=relative_to, cache=cache)

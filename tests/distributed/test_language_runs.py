@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from conftest import add_member, caption, metrics_of, torchrun
 from safetensors.torch import load_file
 
 from clip_train.cli import main
+from tokenizer import BPETokenizer
+from tokenizer.vocabulary import own_vocabulary
 
 RUNS = Path(__file__).parent / "language_runs.py"
 MICRO, FSDP, CLM = "training.micro_batch=3", "training.parallel.kind=fsdp", "loss.kind=clm"
@@ -35,8 +39,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(40):
             text = f"{caption(number)} {'and more ' * (number % 5)}"
             add_member(tar, f"s{number:03}.txt", text.encode())
+    BPETokenizer(own_vocabulary(())).save(folder / "bytes.json")
     tree: dict[str, Any] = {
         "name": "tiny",
+        "tokenizer": {"path": f"{folder}/bytes.json"},
         "data": {"batch_size": 8, "workers": 0, "sources": {"s": {"shards": f"{folder}/texts.tar"}}},
         "text": {"width": 16, "layers": 2, "heads": 2, "attention": "bidirectional", "pool": "mean"},
         "loss": {"kind": "mlm", "whole_words": True},
@@ -44,6 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "schedule": {"kind": "cosine", "warmup_steps": 2},
         "training": {"steps": STEPS, "precision": "fp32", "gradient_clip": 0.5},
         "checkpoint": {"every_steps": 2},
+        "evaluation": {"tasks": {"seen": {"kind": "language", "shards": f"{folder}/texts.tar"}}},
         "logging": {"every_steps": 1},
     }
     recipe = folder / "recipe.toml"
@@ -66,7 +73,7 @@ def test_two_processes_train_the_run_of_one(runs: Path, name: str) -> None:
         assert ours["batch"] == theirs["batch"]
         assert "logit_scale" not in ours
         assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=1e-6)
-        # From the second step on Adam makes much of roundings of small gradients; a norm is a sum of 800,000 squares.
+        # From the second step on Adam makes much of roundings of small gradients; a norm is one long sum.
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6 if ours["step"] == 1 else 1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     assert one[-1]["loss"] < one[0]["loss"]
@@ -98,6 +105,14 @@ def test_micro_batches_change_nothing(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_language_model_has_a_report_and_no_pictures(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(runs / "mlm"), "--out", str(runs / "eval")]) == 0
+    figures = json.loads((runs / "eval/eval.json").read_text())
+    assert figures == pytest.approx(json.loads((runs / "mlm/eval.json").read_text()))
+    assert figures["language/seen/texts"] == 40
+    assert figures["language/seen/perplexity"] == pytest.approx(math.exp(figures["language/seen/loss"]))
+    two = json.loads((runs / "ddp/eval.json").read_text())
+    assert two["language/seen/targets"] == figures["language/seen/targets"]
+    assert two["language/seen/loss"] == pytest.approx(figures["language/seen/loss"], rel=1e-3)
     assert main(["report", str(runs / "mlm")]) == 0
     assert (runs / "mlm/report.html").stat().st_size > 1000
     assert main(["export", str(runs / "mlm"), "--to", "open_clip", str(runs / "export")]) == 2

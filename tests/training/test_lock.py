@@ -15,6 +15,8 @@ from clip_train.cli import main
 from clip_train.errors import CheckpointError
 from clip_train.loading import load, load_text
 from clip_train.models.text import TextTransformer
+from tokenizer import BPETokenizer
+from tokenizer.vocabulary import own_vocabulary
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -30,7 +32,9 @@ def text_only(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tree(recipe_tree: dict[str, Any]) -> dict[str, Any]:
+def tree(recipe_tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    BPETokenizer(own_vocabulary(())).save(tmp_path / "bytes.json")
+    recipe_tree["tokenizer"] = {"path": str(tmp_path / "bytes.json")}
     recipe_tree["text"] |= {"layers": 2, "attention": "bidirectional", "pool": "mean"}
     recipe_tree["training"] = {"steps": 0, "precision": "fp32"}
     del recipe_tree["evaluation"]
