@@ -147,7 +147,8 @@ class Language(Section):
     caption: str = "txt"
 
 
-Task = Annotated[ZeroShot | Retrieval | LinearProbe | Knn | Language, Field(discriminator="kind")]
+PictureTask = ZeroShot | Retrieval | LinearProbe | Knn
+Task = Annotated[PictureTask | Language, Field(discriminator="kind")]
 
 
 class Evaluation(Section):

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clip_train.config.schema import Classified, Language, LinearProbe, Retrieval, Task, ZeroShot
+from clip_train.config.schema import Classified, Language, LinearProbe, PictureTask, Retrieval, Task, ZeroShot
 from clip_train.data.cache import Cache
 from clip_train.data.collections.base import Collection
 from clip_train.data.collections.opening import open_collection
@@ -121,11 +121,11 @@ def open_data(
     return Shards.of(shards, relative_to=relative_to, cache=cache, **columns)
 
 
-def _columns(task: Task) -> dict[str, str]:
+def _columns(task: PictureTask) -> dict[str, str]:
     return {"caption": task.caption} if isinstance(task, Retrieval) else {"label": task.label}
 
 
-def passes(task: Task) -> int:
+def passes(task: PictureTask) -> int:
     """How often a task reads its pictures."""
     return 1 + len(_spoiling(task)) if isinstance(task, ZeroShot) and task.corruptions else 1
 
@@ -136,7 +136,7 @@ def _spoiling(task: ZeroShot) -> Spoiling:
 
 def _measure(
     loaded: Loaded,
-    task: Task,
+    task: PictureTask,
     reading: Reading,
     training: Reading | None,
     relative_to: Path | None,
@@ -188,7 +188,7 @@ def read_templates(task: ZeroShot, relative_to: Path | None = None) -> list[str]
     return list(task.templates)
 
 
-def headline(name: str, task: Task, result: EvalResult) -> str:
+def headline(name: str, task: PictureTask, result: EvalResult) -> str:
     """One line for the console."""
     m = result.metrics
     if not isinstance(task, Retrieval):
