@@ -118,6 +118,17 @@ def test_two_processes_write_what_one_writes(trained: Path, tmp_path: Path) -> N
         assert words == two[key][2]
 
 
+def test_arithmetic_in_bf16_is_rounded_and_near(trained: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        arguments = ["embed", str(trained / "run"), str(trained / "s-0.tar"), str(tmp_path / precision)]
+        assert main([*arguments, "--precision", precision, "--dtype", "fp32"]) == 0
+    exact, rounded = rows_of(tmp_path / "fp32"), rows_of(tmp_path / "bf16")
+    for key, (image, text, _) in exact.items():
+        for one, other in ((image, rounded[key][0]), (text, rounded[key][1])):
+            assert other.dtype == np.float32
+            assert 1e-5 < np.abs(one - other).max() < 0.03
+
+
 def test_search_is_exact_and_shows_the_pictures(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from clip_train.config.schema import Retrieval, ZeroShot
 from clip_train.errors import UserError
 from clip_train.evaluation import plots
+from clip_train.evaluation.page import STYLE
 from clip_train.evaluation.report import write_report
 from clip_train.evaluation.run import evaluate
 
@@ -33,6 +34,15 @@ caption = "json.captions"
 [evaluation.tasks.seen]
 kind = "zeroshot"
 """
+
+
+def test_no_rule_of_the_style_sheet_undoes_another() -> None:
+    plain = re.sub(r"/\*.*?\*/", "", STYLE, flags=re.DOTALL)
+    # In print and on dark screens rules are meant to differ.
+    plain = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", plain)
+    selectors = [" ".join(one.split()) for one in re.findall(r"([^{}]+)\{", plain)]
+    assert len(selectors) > 20
+    assert [one for one in set(selectors) if selectors.count(one) > 1] == []
 
 
 class Page(HTMLParser):
