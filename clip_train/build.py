@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
@@ -35,7 +36,7 @@ from clip_train.data.stages import Stage
 from clip_train.data.stream import Stream, open_source
 from clip_train.data.transforms import Augment, Preprocess
 from clip_train.errors import ConfigError
-from clip_train.models.adapters import TimmTower
+from clip_train.models.adapters import TimmTower, TransformersText
 from clip_train.models.base import Model, Tower
 from clip_train.models.bert import BertText
 from clip_train.models.language import BertHead, LanguageModel, TiedHead
@@ -64,11 +65,13 @@ from tokenizer.vocabulary import END_OF_WORD
 
 
 def build_tokenizer(recipe: Recipe) -> BPETokenizer:
-    """The vocabulary: the shipped one, our JSON, or OpenAI's merges."""
+    """The vocabulary: the shipped one, our JSON, OpenAI's merges, or a transformers directory's (of CLIP's kind)."""
     path, cap = recipe.tokenizer.path, recipe.tokenizer.context_length
     try:
         if path == "default":
             return BPETokenizer.default(context_length=cap)
+        if Path(path).is_dir():
+            return BPETokenizer.from_transformers(path, context_length=cap)
         if path.endswith((".txt", ".txt.gz")):
             return BPETokenizer.from_openai(path, **({} if cap is None else {"context_length": cap}))
         return BPETokenizer.load(path, context_length=cap)
@@ -151,8 +154,34 @@ def build_text_tower(recipe: Recipe, tokenizer: BPETokenizer) -> TextTower:
             return T5Text(**arguments)
         case schema.ModernText():
             return ModernText(**arguments)
+        case schema.TransformersText():
+            if text.path is not None:
+                check_vocabulary(text.path, tokenizer)
+            return TransformersText(**arguments)
         case _:
             assert_never(text)
+
+
+def check_vocabulary(path: str, tokenizer: BPETokenizer) -> None:
+    """Raises ConfigError unless the weights in a transformers directory were trained with the recipe's vocabulary."""
+    if not (Path(path) / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"text.path = {path!r} has no tokenizer.json: nothing says which words its ids stand for. Save its "
+            "tokenizer there, or train the architecture from scratch with text.name"
+        )
+    try:
+        theirs = BPETokenizer.from_transformers(path).vocabulary
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"text.path = {path!r}: its tokenizer cannot be that of a run ({error}), and with another its weights "
+            "would read other words. Train the architecture from scratch with text.name"
+        ) from error
+    ours = tokenizer.vocabulary
+    if (theirs.merges, theirs.special_ids) != (ours.merges, ours.special_ids):
+        raise ConfigError(
+            f"text.path = {path!r} was trained with another vocabulary, of {theirs.size} ids; the recipe's has "
+            f"{ours.size}. Set tokenizer.path = {path!r}"
+        )
 
 
 def build_objective(recipe: Recipe, tokenizer: BPETokenizer) -> Objective:

@@ -100,14 +100,14 @@ class BPETokenizer:
         formats.write_openai(self.vocabulary, Path(path))
 
     @classmethod
-    def from_transformers(cls, directory: str | os.PathLike[str]) -> BPETokenizer:
-        """Reads `tokenizer.json` and `tokenizer_config.json` of a CLIP tokenizer.
+    def from_transformers(cls, directory: str | os.PathLike[str], context_length: int | None = None) -> BPETokenizer:
+        """Reads `tokenizer.json` and `tokenizer_config.json` of a CLIP tokenizer, with another cap if one is given.
 
         Raises:
             FileNotFoundError: a file is not there.
             ValueError: another kind of tokenizer.
         """
-        return cls(formats.read_transformers(Path(directory)))
+        return cls(_capped(formats.read_transformers(Path(directory)), context_length))
 
     def to_transformers(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` for transformers' `AutoTokenizer`."""

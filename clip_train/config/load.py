@@ -213,6 +213,7 @@ def _anchor_paths(tree: Tree, folder: Path) -> None:
         if isinstance(task.get("templates"), str):
             anchor_in(task, "templates")
     anchor_in(tree.get("tokenizer"), "path")
+    anchor_in(tree.get("text"), "path")
     anchor_in(tree.get("training"), "init", "init_text", "init_image")
 
 

@@ -34,6 +34,7 @@ from clip_train.config.towers import (
     T5Text,
     TextTransformer,
     Timm,
+    TransformersText,
     VisionTransformer,
 )
 from clip_train.config.training import (
@@ -106,6 +107,7 @@ __all__ = [
     "Timm",
     "Tokenizer",
     "Training",
+    "TransformersText",
     "VisionTransformer",
     "ZeroShot",
 ]
@@ -117,7 +119,7 @@ def _clips_kind(text: Any) -> Any:
 
 
 Text = Annotated[
-    Annotated[TextTransformer | BertText | T5Text | ModernText, Field(discriminator="kind")],
+    Annotated[TextTransformer | BertText | T5Text | ModernText | TransformersText, Field(discriminator="kind")],
     BeforeValidator(_clips_kind),
 ]
 

@@ -116,6 +116,19 @@ class ModernText(Section):
     norm_eps: PositiveFloat = 1e-6
 
 
+class TransformersText(Section):
+    """Any text encoder of transformers: by its configuration from scratch, or from a local directory with weights."""
+
+    kind: Literal["transformers"] = "transformers"
+    name: str | None = None
+    """A `model_type` of transformers: fresh weights, the recipe's vocabulary."""
+    path: str | None = None
+    """A directory as `save_pretrained` writes it: its weights, and the vocabulary they were trained with."""
+    arguments: dict[str, Any] = {}
+    """Of the configuration of `name`: `hidden_size`, `num_hidden_layers`, ..."""
+    pool: Pool = "mean"
+
+
 class Joint(Section):
     """The space both towers project into."""
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_train.models.adapters import TimmTower
+from clip_train.models.adapters import TimmTower, TransformersText
 from clip_train.models.attention import SelfAttention
 from clip_train.models.base import Tower
 from clip_train.models.pooling import TOKEN_POOLS, AttentionPool
@@ -83,6 +83,12 @@ def image_flops(
 
 def text_flops(tower: Tower, length: float, pooled_only: bool = False) -> float:
     """FLOPs of one caption of `length` tokens through a text tower, without the projection."""
+    if isinstance(tower, TransformersText):
+        below = int(length)
+        flops, part = _counted_text(tower, below), length - below
+        if part:
+            flops += part * (_counted_text(tower, below + 1) - flops)
+        return flops + _attention_pool(tower.attention_pool, length)
     if not isinstance(tower, TextTower):
         raise TypeError(f"no FLOP count for {type(tower).__name__}")
     flops = _blocks(tower, length, pooled_only and tower.pool in TOKEN_POOLS)
@@ -127,6 +133,18 @@ def _resnet(tower: ModifiedResNet) -> float:
     flops += 2 * pool.query.weight.numel()
     flops += 2 * tokens * (pool.key.weight.numel() + pool.value.weight.numel())
     return flops + 4 * tokens * tower.width
+
+
+def _counted_text(tower: TransformersText, length: int) -> float:
+    """FLOPs of a text's tokens, counted once for each length."""
+    if length not in tower.flops_of_length:
+        copied = copy.deepcopy(tower.backbone).to("meta").eval()
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            embedded = torch.empty(1, length, tower.token_embedding.embedding_dim, device="meta")
+            copied(inputs_embeds=embedded)
+        tower.flops_of_length[length] = float(counter.get_total_flops())
+    return tower.flops_of_length[length]
 
 
 def _counted(tower: Tower, image_size: int) -> float:

@@ -17,6 +17,15 @@ from clip_train.models.packing import Packing
 from clip_train.models.pooling import POOLS, AttentionPool, Pool, pool_tokens, pooled_position
 
 
+def refuse_first_of_causal(causal: bool, pool: Pool) -> None:
+    """Raises ValueError for a causal tower that pools the first token."""
+    if causal and pool == "cls":
+        raise ValueError(
+            "attention='causal' contradicts pool='cls': the first token sees only itself and is the same for every "
+            "caption. Use pool='eot', 'last', 'mean', 'max' or 'map', or attention='bidirectional'."
+        )
+
+
 class TextTower(Tower):
     """Embeddings, blocks, a last norm, one vector a text.
 
@@ -61,11 +70,7 @@ class TextTower(Tower):
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r} is unknown for text: choose one of {', '.join(POOLS)}")
-        if causal and pool == "cls":
-            raise ValueError(
-                "attention='causal' contradicts pool='cls': the first token sees only itself and is the same for every "
-                "caption. Use pool='eot', 'last', 'mean', 'max' or 'map', or attention='bidirectional'."
-            )
+        refuse_first_of_causal(causal, pool)
         self.vocab_size, self.context_length, self.width = vocab_size, context_length, width
         self.causal, self.pool, self.eot_id, self.packed = causal, pool, eot_id, packed
 
