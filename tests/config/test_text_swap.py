@@ -1,0 +1,81 @@
+"""One line swaps a recipe's text tower, whatever the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_train.build import build_model, build_text_tower
+from clip_train.config.load import load_recipe, parse_recipe
+from clip_train.errors import ConfigError
+from tokenizer import BPETokenizer
+
+RECIPES = sorted(Path("configs").glob("*.toml"))
+KINDS = {
+    "transformer": ["text.attention=bidirectional", "text.pool=mean"],
+    "bert": ["text.kind=bert", "text.pool=mean"],
+    "t5": ["text.kind=t5", "text.width=64", "text.layers=1"],
+    "modern": ["text.kind=modern", "text.attention=bidirectional", "text.pool=max"],
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> BPETokenizer:
+    return BPETokenizer.default()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_bidirectional_and_mean_on_every_recipe(path: Path, vocabulary: BPETokenizer) -> None:
+    before = load_recipe(path)
+    if getattr(before, "image", None) is None or before.text.kind != "transformer":
+        pytest.skip("this recipe has another text tower, or no pictures")
+    after = load_recipe(path, ["text.attention=bidirectional", "text.pool=mean"])
+    unlike = {"attention": "bidirectional", "pool": "mean"}
+    assert after == before.model_copy(update={"text": before.text.model_copy(update=unlike)})
+    with torch.device("meta"):
+        tower = build_text_tower(after, vocabulary)
+    assert (tower.causal, tower.pool, tower.width) == (False, "mean", before.text.width)
+    with torch.device("meta"):
+        other = build_text_tower(before, vocabulary)
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    assert {name: parameter.shape for name, parameter in tower.named_parameters()} == shapes
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_another_kind_of_tower(kind: str, vocabulary: BPETokenizer) -> None:
+    recipe = load_recipe("debug", KINDS[kind])
+    assert recipe.text.kind == kind
+    with torch.device("meta"):
+        assert build_model(recipe, vocabulary).text.pool == recipe.text.pool
+
+
+def test_an_own_kind_named_again_keeps_the_sizes() -> None:
+    assert load_recipe("debug", ["text.kind=transformer"]) == load_recipe("debug")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["text.pool=cls"], "attention='causal' contradicts pool='cls'"),
+        (["text.padding=attended"], "padding='attended' contradicts attention='causal'"),
+        (["text.kind=transformers"], "give either name"),
+        (["text.kind=modern", "text.pool=cls"], "attention='causal' contradicts pool='cls'"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_trained(
+    overrides: list[str], message: str, vocabulary: BPETokenizer
+) -> None:
+    recipe = load_recipe("debug", overrides)
+    with torch.device("meta"), pytest.raises(ConfigError, match=message):
+        build_model(recipe, vocabulary)
+
+
+def test_keys_of_another_kind_are_named_by_the_users_key(recipe_tree: dict[str, dict[str, object]]) -> None:
+    recipe_tree["text"] = {"kind": "bert", "attention": "causal"}
+    with pytest.raises(ConfigError, match=r"unknown key 'text\.attention'"):
+        parse_recipe(recipe_tree)
+    recipe_tree["text"] = {"kind": "gpt"}
+    with pytest.raises(ConfigError, match="'transformer', 'bert', 't5', 'modern', 'transformers'"):
+        parse_recipe(recipe_tree)
