@@ -21,6 +21,7 @@ from clip_train.errors import ConfigError
 from clip_train.models.attention import SelfAttention
 from clip_train.models.base import Tower
 from clip_train.models.flops import forward_flops, parameter_count
+from clip_train.models.text_tower import TextTower
 from clip_train.models.two_tower import TwoTower
 from clip_train.objectives.tiles import logit_bytes
 from tokenizer import BPETokenizer
@@ -143,7 +144,7 @@ def _image_activations(recipe: Recipe) -> float:
 def _text_activations(tower: Tower, tokens: float) -> float:
     """Values kept for backward of one caption: what goes into and comes out of each product, two residuals, and the
     weights of the attention; of a ViT's blocks the same, by its recipe's sizes."""
-    values = 0.0
+    tokens, values = tower.tokens_encoded(tokens) if isinstance(tower, TextTower) else tokens, 0.0
     for block in tower.blocks:
         for module in block.modules():
             if isinstance(module, nn.Linear):

@@ -91,6 +91,7 @@ def text_flops(tower: Tower, length: float, pooled_only: bool = False) -> float:
         return flops + _attention_pool(tower.attention_pool, length)
     if not isinstance(tower, TextTower):
         raise TypeError(f"no FLOP count for {type(tower).__name__}")
+    length = tower.tokens_encoded(length)
     flops = _blocks(tower, length, pooled_only and tower.pool in TOKEN_POOLS)
     return flops + _attention_pool(tower.attention_pool, length)
 

@@ -97,6 +97,10 @@ class TextTransformer(TextTower):
         ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)
         return ids, torch.full_like(lengths, self.context_length)
 
+    def tokens_encoded(self, length: float) -> float:
+        """With attended padding, always all."""
+        return length if self.padding == "masked" else self.context_length
+
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token and position added."""
         return self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)

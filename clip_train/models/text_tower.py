@@ -84,6 +84,10 @@ class TextTower(Tower):
         """What is encoded instead of `ids` `(B, L)` and `lengths` `(B,)`."""
         return ids, lengths
 
+    def tokens_encoded(self, length: float) -> float:
+        """Tokens that a text of `length` tokens costs."""
+        return length
+
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Ids and their positions, both `(T,)`, or `(B, L)` and `(L,)` -> `(T, W)` or `(B, L, W)`."""
         raise NotImplementedError

@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from clip_train.models.bert import BertText
+from clip_train.models.flops import text_flops
 from clip_train.models.modern import ModernText
 from clip_train.models.pooling import POOLS
 from clip_train.models.t5 import T5Text
 from clip_train.models.text import TextTransformer
 from clip_train.models.text_tower import TextTower
+from clip_train.models.two_tower import TwoTower
+from clip_train.models.vision import VisionTransformer
+from clip_train.runtime.recompute import recompute_blocks
+from clip_train.training.layer_decay import layers_of
 
 V, L, W, EOT, PAD = 50, 14, 32, 3, 1
 LENGTHS = torch.tensor([5, 2, 9, 1, 9])
@@ -151,6 +158,40 @@ def test_attributes(kind: str) -> None:
     assert len(list(model.blocks)) == 2
     names = model.no_weight_decay()
     assert all((parameter.ndim < 2) == (name in names) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("pool", ["last", "map"])
+@pytest.mark.parametrize("pooled_only", [True, False])
+def test_flops_are_those_of_torchs_counter(kind: str, pool: str, pooled_only: bool) -> None:
+    model = tower(kind, pool)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(texts()[[2, 4]], LENGTHS[[2, 4]], pooled_only=pooled_only)
+    expected = counter.get_total_flops() / 2
+    if pool == "map":
+        expected -= W * W  # the probe's own product, which the batch shares
+    assert text_flops(model, 9, pooled_only) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_recomputed_blocks_give_the_same_gradients(kind: str) -> None:
+    """Activation checkpointing: what attention adds for positions reaches the second pass, and T5's its gradient."""
+    model = tower(kind, "mean")
+    expected = encoded(model, texts())
+    recompute_blocks(TwoTower(VisionTransformer(16, 8, 16, 1, 2), model, 8))
+    assert_equal(encoded(model, texts()), expected)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_layers_in_order(kind: str) -> None:
+    """Learning rates by layer: embeddings and positions lie before the blocks, norms and pools behind."""
+    layers, last = layers_of(tower(kind, "map"))
+    assert last == 3
+    for name, layer in layers.items():
+        before = name.startswith(("token_", "positional_", "embedding_", "relative_"))
+        behind = name.startswith(("final_", "attention_pool"))
+        assert layer == (0 if before else 3 if behind else 1 + int(name.split(".")[1])), name
 
 
 @pytest.mark.parametrize(
