@@ -10,7 +10,7 @@ from clip_train.config.section import Section
 
 
 class VisionTransformer(Section):
-    """CLIP's ViT (paper, section 2.4)."""
+    """CLIP's ViT (paper, section 2.4), or SigLIP's: `pool = "map"`, `pre_norm = false`, `projection = false`."""
 
     kind: Literal["vit"] = "vit"
     image_size: PositiveInt
@@ -20,7 +20,12 @@ class VisionTransformer(Section):
     heads: PositiveInt
     mlp_ratio: PositiveFloat = 4.0
     pool: Literal["cls", "mean", "map"] = "cls"
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    pre_norm: bool = True
+    """Whether there is a norm before the blocks."""
+    norm_eps: PositiveFloat = 1e-5
+    projection: bool = True
+    """Whether a matrix leads into the joint space; without one `model.embed_dim` is the width."""
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of a picture's patches that training leaves out, drawn anew in every step (FLIP)."""
 

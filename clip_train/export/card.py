@@ -36,6 +36,7 @@ def model_card(loaded: LoadedModel, target: str, source: Path, parity: Parity) -
     """Markdown with the front matter that model hubs read."""
     recipe, tokenizer = loaded.recipe, loaded.tokenizer
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    kind = " ".join([f"`{recipe.text.kind}`", *filter(None, [getattr(recipe.text, "attention", None)])])
     lines = [
         "---",
         f"library_name: {target if target != 'onnx' else 'onnxruntime'}",
@@ -46,9 +47,8 @@ def model_card(loaded: LoadedModel, target: str, source: Path, parity: Parity) -
         "",
         recipe.description or "A contrastive image-text model.",
         "",
-        f"Image tower `{recipe.vision.kind}` at {loaded.preprocess.size} px, text tower "
-        f"`{recipe.text.kind}` ({getattr(recipe.text, 'attention', 'bidirectional')}) with pool "
-        f"`{recipe.text.pool}`, {recipe.joint.embed_dim} dimensions, {parameters:,} parameters, step "
+        f"Image tower `{recipe.vision.kind}` at {loaded.preprocess.size} px, text tower {kind} with "
+        f"pool `{recipe.text.pool}`, {recipe.joint.embed_dim} dimensions, {parameters:,} parameters, step "
         f"{loaded.step:,}. Vocabulary of {tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens a "
         f"caption, fingerprint `{tokenizer.fingerprint[:16]}`.",
         "",

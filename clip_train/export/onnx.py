@@ -99,10 +99,13 @@ def load_onnx(out: Path) -> Peer:
         return torch.from_numpy(image.run(None, {"pixel_values": images.numpy()})[0])
 
     def encode_text(captions: Sequence[str]) -> Tensor:
-        rows = tokenize(captions)
-        ids = np.full((len(rows), max(map(len, rows))), pad, dtype=np.int64)
-        for row, own in zip(ids, rows, strict=True):
-            row[: len(own)] = own
-        return torch.from_numpy(text.run(None, {"input_ids": ids})[0])
+        rows, found = tokenize(captions), list[Tensor]()
+        for first in range(0, len(rows), 4):  # batches of several lengths, the last one smaller
+            part = rows[first : first + 4]
+            ids = np.full((len(part), max(map(len, part))), pad, dtype=np.int64)
+            for row, own in zip(ids, part, strict=True):
+                row[: len(own)] = own
+            found.append(torch.from_numpy(text.run(None, {"input_ids": ids})[0]))
+        return torch.cat(found)
 
     return Peer(encode_image, encode_text, tokenize)

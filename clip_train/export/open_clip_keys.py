@@ -30,6 +30,8 @@ _TEXT = [
     ("text.final_norm.*", "ln_final.*"),
     ("text_projection.weight", "T text_projection"),
 ]
+_BIASED = [("text_projection.weight", "text_projection.weight"), ("text_projection.bias", "text_projection.bias")]
+"""A projection with a bias is a module there, and its matrix not transposed."""
 _VIT = [
     ("image.patch_embedding.weight", "visual.conv1.weight"),
     ("image.class_embedding", "visual.class_embedding"),
@@ -74,7 +76,8 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         table = _VIT
     else:
         table = _TIMM if any(key.startswith("image.backbone.") for key in state) else _RESNET
-    return rename(state, [(ours, theirs) for ours, theirs in _TEXT + table], "open_clip")
+    biased = _BIASED if "text_projection.bias" in state else []
+    return rename(state, biased + _TEXT + table, "open_clip")
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +90,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         table = _VIT
     else:
         table = _TIMM if any(key.startswith("visual.trunk.") for key in state) else _RESNET
-    return rename(state, [(theirs, ours) for ours, theirs in _TEXT + table], "clip-train")
+    return rename(state, [(theirs, ours) for ours, theirs in _BIASED + _TEXT + table], "clip-train")
 
 
 def rename(state: Mapping[str, Tensor], table: list[tuple[str, str]], target: str) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ class Target:
     """One library that a checkpoint can be brought to."""
 
     module: str
-    """Of this package, with `write_NAME(loaded, folder)` and `load_NAME(folder)`."""
+    """Of this package, with `write_NAME(loaded, folder)` and `load_NAME(folder)`; `settle_NAME(folder, place)` where a
+    folder must know its place."""
     needs: tuple[str, ...]
     """Packages that must be installed."""
 
@@ -55,6 +56,7 @@ def export(loaded: LoadedModel, target: str, out: Path, *, source: Path) -> Pari
     module = importlib.import_module(f"clip_train.export.{TARGETS[target].module}")
     write: Callable[[LoadedModel, Path], None] = getattr(module, f"write_{target}")
     load: Callable[[Path], Peer] = getattr(module, f"load_{target}")
+    settle: Callable[[Path, Path], None] | None = getattr(module, f"settle_{target}", None)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -62,6 +64,8 @@ def export(loaded: LoadedModel, target: str, out: Path, *, source: Path) -> Pari
         write(loaded, partial)
         parity = compare(loaded, load(partial))
         (partial / "README.md").write_text(model_card(loaded, target, source, parity), encoding="utf-8")
+        if settle is not None:
+            settle(partial, out)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

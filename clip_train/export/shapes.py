@@ -15,32 +15,32 @@ HEAD_WIDTH = 64
 """Of every published CLIP; tensors do not tell."""
 
 
-def text_section(state: Mapping[str, Tensor], heads: int | None, *, quick_gelu: bool) -> dict[str, Any]:
+def text_section(state: Mapping[str, Tensor], heads: int | None, activation: str) -> dict[str, Any]:
     """`[text]` of a `TwoTower` state dict.
 
     Args:
         heads: where a configuration says them; by default width / 64.
-        quick_gelu: the activation of OpenAI's weights, which tensors do not tell either.
+        activation: which tensors do not tell either.
     """
     width = state["text.token_embedding.weight"].shape[1]
     return {
         "kind": "transformer",
         "width": width,
-        "layers": _count(state, r"text\.blocks\.(\d+)\."),
+        "layers": blocks(state, "text"),
         "heads": heads or width // HEAD_WIDTH,
         "mlp_ratio": state["text.blocks.0.mlp.up.weight"].shape[0] / width,
-        "activation": "quick_gelu" if quick_gelu else "gelu",
+        "activation": activation,
     }
 
 
-def image_section(state: Mapping[str, Tensor], heads: int | None, *, quick_gelu: bool) -> dict[str, Any]:
+def image_section(state: Mapping[str, Tensor], heads: int | None, activation: str) -> dict[str, Any]:
     """`[image]` of a `TwoTower` state dict with a ViT or a ResNet; arguments as `text_section`.
 
     Raises:
         CheckpointError: it is neither.
     """
     if "image.patch_embedding.weight" in state:
-        return _vit(state, heads, "quick_gelu" if quick_gelu else "gelu")
+        return _vit(state, heads, activation)
     return _resnet(state, heads)
 
 
@@ -52,10 +52,11 @@ def _vit(state: Mapping[str, Tensor], heads: int | None, activation: str) -> dic
         "image_size": grid * patch,
         "patch_size": patch,
         "width": width,
-        "layers": _count(state, r"image\.blocks\.(\d+)\."),
+        "layers": blocks(state, "image"),
         "heads": heads or width // HEAD_WIDTH,
         "mlp_ratio": state["image.blocks.0.mlp.up.weight"].shape[0] / width,
         "activation": activation,
+        **({} if "image.pre_norm.weight" in state else {"pre_norm": False}),
     }
 
 
@@ -71,6 +72,11 @@ def _resnet(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
         "width": width,
         "heads": heads or width * 32 // HEAD_WIDTH,
     }
+
+
+def blocks(state: Mapping[str, Tensor], tower: str) -> int:
+    """Blocks of the transformer `image` or `text`."""
+    return _count(state, rf"{tower}\.blocks\.(\d+)\.")
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

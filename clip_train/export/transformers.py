@@ -1,11 +1,13 @@
 """Export to transformers: a directory for AutoModel, AutoTokenizer, AutoImageProcessor and pipelines.
 
-A ViT with a class token becomes a CLIPModel; a timm image tower becomes the vision model of a
-VisionTextDualEncoderModel. ModifiedResNets, bidirectional text and other pools have no class there.
+A ViT with a class token beside a causal transformer becomes a CLIPModel, SigLIP's towers a SiglipModel; every other
+image tower that timm can build, and every BERT that is read at its first token, goes into a VisionTextDualEncoderModel.
+What pools text otherwise has no class there.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_train.config.schema import Preprocess, Recipe, ResNet, Sigmoid, Timm, VisionTransformer
+from clip_train.config.schema import Preprocess, Sigmoid
 from clip_train.errors import ExportError
-from clip_train.export.clip_text import clips_text
 from clip_train.export.parity import Peer
-from clip_train.export.transformers_keys import to_transformers
+from clip_train.export.siglip import is_siglip, siglip
+from clip_train.export.transformers_image import clip_vision_config, is_clip_vision, vision_model, vision_state
+from clip_train.export.transformers_text import SIGLIP, pooled_encoder
 from clip_train.loading import LoadedModel
-from clip_train.models.adapters import TimmTower
 
 
 def write_transformers(loaded: LoadedModel, out: Path) -> None:
@@ -30,79 +32,46 @@ def write_transformers(loaded: LoadedModel, out: Path) -> None:
         ExportError: transformers cannot express a tower or the preprocessing; the message says which targets can.
     """
     processor = image_processor(loaded.recipe.preprocess, loaded.preprocess.size)
-    model = build_transformers(loaded)
-    model.load_state_dict(to_transformers(loaded.model.state_dict()), strict=True)
+    model, state = two_towers(loaded)
+    model.load_state_dict(state, strict=True)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     loaded.tokenizer.to_transformers(out)
+    if is_siglip(loaded.recipe):  # no mask: padding is attended to
+        file = out / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) | {"model_input_names": ["input_ids"]}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def build_transformers(loaded: LoadedModel) -> Any:
-    """transformers' model of the same shape, with fresh weights."""
-    from transformers import (
-        CLIPConfig,
-        CLIPModel,
-        CLIPTextModel,
-        TimmWrapperConfig,
-        TimmWrapperModel,
-        VisionTextDualEncoderConfig,
-        VisionTextDualEncoderModel,
-    )
-
-    recipe, text = loaded.recipe, text_config(loaded)
-    if isinstance(recipe.loss, Sigmoid):
-        raise ExportError(
-            "transformers' CLIP has no logit bias, which loss.kind = 'sigmoid' learns. Export to open_clip"
-        )
-    image, embed_dim = recipe.vision, recipe.joint.embed_dim
-    if isinstance(image, VisionTransformer) and image.pool == "cls":
-        vision = {
-            "hidden_size": image.width,
-            "intermediate_size": int(image.width * image.mlp_ratio),
-            "projection_dim": embed_dim,
-            "num_hidden_layers": image.layers,
-            "num_attention_heads": image.heads,
-            "image_size": image.image_size,
-            "patch_size": image.patch_size,
-            "hidden_act": image.activation,
-        }
-        return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=embed_dim))
-    if isinstance(image, Timm):
-        assert isinstance(loaded.model.image, TimmTower)
-        config: Any = TimmWrapperConfig(architecture=image.name, model_args=loaded.model.image.arguments)
-        config.num_labels = 0
-        config.hidden_size = loaded.model.image.width  # the dual encoder asks for it, and the wrapper does not know
-        both = VisionTextDualEncoderConfig.from_vision_text_configs(config, text, projection_dim=embed_dim)
-        return VisionTextDualEncoderModel(both, TimmWrapperModel(config), CLIPTextModel(text))
-    elsewhere = "open_clip or onnx" if isinstance(image, ResNet) else "onnx"
-    raise ExportError(
-        f"transformers has no image tower like this one ({_name(recipe)}): a ViT with pool 'cls' and timm towers can "
-        f"be exported there. Export it to {elsewhere}"
-    )
-
-
-def text_config(loaded: LoadedModel) -> Any:
-    """CLIPTextConfig of the text tower.
+def two_towers(loaded: LoadedModel) -> tuple[Any, dict[str, Tensor]]:
+    """transformers' model of the same shape with fresh weights, and ours under its names.
 
     Raises:
-        ExportError: CLIP's text model there is causal and pools at EOT.
+        ExportError: it has none; the message says which targets can.
     """
-    from transformers import CLIPTextConfig
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
+    from transformers import VisionTextDualEncoderConfig as DualConfig
+    from transformers import VisionTextDualEncoderModel as DualModel
 
-    text, tokenizer = clips_text(loaded.recipe, "transformers"), loaded.tokenizer
-    return CLIPTextConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=text.width,
-        intermediate_size=int(text.width * text.mlp_ratio),
-        projection_dim=loaded.recipe.joint.embed_dim,
-        num_hidden_layers=text.layers,
-        num_attention_heads=text.heads,
-        max_position_embeddings=tokenizer.context_length,
-        hidden_act=text.activation,
-        bos_token_id=tokenizer.sot,
-        eos_token_id=tokenizer.eot,
-        pad_token_id=tokenizer.pad,
-    )
+    if is_siglip(loaded.recipe):
+        return siglip(loaded)
+    if isinstance(loaded.recipe.loss, Sigmoid):
+        raise ExportError(f"transformers' CLIP has no logit bias, which loss.kind = 'sigmoid' learns, and {SIGLIP}")
+    text, scale = pooled_encoder(loaded)
+    own, embed_dim = loaded.model.state_dict(), loaded.recipe.joint.embed_dim
+    if own.get("text_projection.bias") is not None:
+        raise ExportError(
+            "transformers' CLIP has no bias behind the text tower (text.projection_bias). Export it to onnx"
+        )
+    state = {f"text_model.{name}": tensor for name, tensor in text.state.items()} | vision_state(loaded)
+    state |= {"text_projection.weight": own["text_projection.weight"] / scale, "logit_scale": own["logit_scale"]}
+    if is_clip_vision(loaded) and isinstance(text.model.config, CLIPTextConfig):
+        text_config, vision_config = text.model.config.to_dict(), clip_vision_config(loaded).to_dict()
+        both = CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=embed_dim)
+        return CLIPModel(both), state
+    vision: Any = vision_model(loaded)
+    both = DualConfig.from_vision_text_configs(vision.config, text.model.config, projection_dim=embed_dim)
+    return DualModel(both, vision, text.model), state
 
 
 def image_processor(look: Preprocess, size: int) -> Any:
@@ -148,16 +117,11 @@ def load_transformers(out: Path) -> Peer:
         return F.normalize(model.get_image_features(pixel_values=images).pooler_output, dim=-1)
 
     def encode_text(captions: Sequence[str]) -> Tensor:
-        inputs = tokenizer([clean(text) for text in captions], truncation=True, padding=True, return_tensors="pt")
+        padding = "max_length" if model.config.model_type == "siglip" else True
+        cleaned = [clean(text) for text in captions]
+        inputs = tokenizer(cleaned, truncation=True, padding=padding, return_tensors="pt")
         with torch.no_grad():
-            features = model.get_text_features(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-            ).pooler_output
+            features = model.get_text_features(**inputs).pooler_output
         return F.normalize(features, dim=-1)
 
     return Peer(encode_image, encode_text, tokenize)
-
-
-def _name(recipe: Recipe) -> str:
-    pool = getattr(recipe.vision, "pool", None)
-    return recipe.vision.kind + (f" with pool {pool!r}" if pool else "")

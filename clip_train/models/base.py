@@ -37,7 +37,9 @@ class Tower(nn.Module):
     blocks: Iterable[nn.Module]
     """The residual blocks in order: all that parallel wrapping and compilation read."""
     projection_bias: bool = False
-    """Whether CLIP's projection behind this tower has a bias (only behind the ModifiedResNet)."""
+    """Whether CLIP's projection behind this tower has a bias (behind the ModifiedResNet and SigLIP's text tower)."""
+    projection: bool = True
+    """Whether there is a projection behind this tower; without one its width is the joint space's."""
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone.

@@ -28,14 +28,21 @@ class AttentionPool(nn.Module):
     """Multi-head attention pooling: one learned query attends to all tokens, then a residual MLP
     ("MAP head", Zhai et al. 2022, *Scaling Vision Transformers*, and SigLIP)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, activation: Activation = "gelu") -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        self.mlp_norm = LayerNorm(width)
+        self.mlp_norm = LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
         for linear in (self.query, self.key_value, self.out, self.mlp.up, self.mlp.down):
             nn.init.xavier_uniform_(linear.weight)

@@ -72,7 +72,13 @@ class TwoTower(Model):
         self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
 
 
-def _projection(tower: Tower, embed_dim: int) -> nn.Linear:
+def _projection(tower: Tower, embed_dim: int) -> nn.Linear | nn.Identity:
+    if not tower.projection:
+        if tower.width != embed_dim:
+            raise ValueError(
+                f"a tower without projection has the joint space's width: width={tower.width}, embed_dim={embed_dim}"
+            )
+        return nn.Identity()
     projection = nn.Linear(tower.width, embed_dim, bias=tower.projection_bias)
     nn.init.normal_(projection.weight, std=tower.width**-0.5)
     if tower.projection_bias:

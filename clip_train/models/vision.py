@@ -1,4 +1,7 @@
-"""CLIP's Vision Transformer (Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020).
+"""CLIP's Vision Transformer (Radford et al. 2021, section 2.4; Dosovitskiy et al. 2020), and SigLIP's.
+
+SigLIP's (Zhai et al. 2023) is `pool="map"`, `pre_norm=False`, `projection=False`, `activation="gelu_tanh"`,
+`norm_eps=1e-6`.
 
 Shapes: `B` batch, `P` patch size, `G = (image_size / P)^2` patches, `L = G + 1` tokens, `W` width.
 """
@@ -27,6 +30,8 @@ class VisionTransformer(Tower):
         image_size: height and width of the input in pixels, a multiple of `patch_size`.
         pool: `cls` takes the class token (CLIP), `mean` averages the patches, `map` attends to the patches
             with a learned query. Only `cls` has a class token.
+        pre_norm: whether there is a norm before the blocks, as in CLIP; SigLIP has none.
+        projection: whether CLIP's projection stands behind the tower; SigLIP has none.
         patch_dropout: share of the patches that training leaves out, drawn for each picture (FLIP, Li et al. 2023);
             evaluation sees all.
         smaller_sizes: sizes that pictures may also have; the positions are then interpolated from those of
@@ -47,6 +52,9 @@ class VisionTransformer(Tower):
         mlp_ratio: float = 4.0,
         pool: Literal["cls", "mean", "map"] = "cls",
         activation: Activation = "gelu",
+        pre_norm: bool = True,
+        norm_eps: float = 1e-5,
+        projection: bool = True,
         patch_dropout: float = 0.0,
         smaller_sizes: Collection[int] = (),
     ) -> None:
@@ -59,16 +67,18 @@ class VisionTransformer(Tower):
         if pool not in ("cls", "mean", "map"):
             raise ValueError(f"pool={pool!r} is unknown for images: choose 'cls', 'mean' or 'map'")
         self.image_size, self.patch_size = image_size, patch_size
-        self.width, self.pool = width, pool
+        self.width, self.pool, self.projection = width, pool, projection
         self.patch_dropout, self.sizes = patch_dropout, {image_size, *smaller_sizes}
         patches = (image_size // patch_size) ** 2
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width)) if pool == "cls" else None
         self.positional_embedding = nn.Parameter(torch.empty(patches + (pool == "cls"), width))
-        self.pre_norm = LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, activation) for _ in range(layers))
-        self.post_norm = LayerNorm(width)
-        self.attention_pool = AttentionPool(width, heads, mlp_ratio, activation) if pool == "map" else None
+        self.pre_norm = LayerNorm(width, eps=norm_eps) if pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, activation, norm_eps=norm_eps) for _ in range(layers)
+        )
+        self.post_norm = LayerNorm(width, eps=norm_eps)
+        self.attention_pool = AttentionPool(width, heads, mlp_ratio, activation, norm_eps) if pool == "map" else None
         self.init_parameters()
 
     def init_parameters(self) -> None:

@@ -21,7 +21,9 @@ from clip_train.cli import main
 from clip_train.errors import CheckpointError
 from clip_train.export.bring_in import bring_in
 from clip_train.export.open_clip_keys import from_open_clip, to_open_clip
+from clip_train.export.open_clip_relocate import relocate
 from clip_train.export.run import export
+from clip_train.export.transformers import load_transformers
 from clip_train.training.initial import resize_grid, resize_text_positions
 
 TEXT = {"width": 64, "layers": 2, "heads": 1}
@@ -58,7 +60,10 @@ def check_same(loaded: clip_train.LoadedModel, model: Any, size: int = 32) -> No
 @pytest.mark.parametrize("form", ["flat", "wrapped", "safetensors"])
 def test_a_state_dict_of_open_clip(form: str, tmp_path: Path) -> None:
     model = peer()
-    state = {f"module.{name}" if form == "wrapped" else name: t.clone() for name, t in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if form == "wrapped":  # DDP around FSDP around compiled blocks
+        deep = [(name.replace("resblocks.0.", "resblocks.0._orig_mod."), tensor) for name, tensor in state.items()]
+        state = {f"module._fsdp_wrapped_module.{name}": tensor for name, tensor in deep}
     source = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
     if form == "safetensors":
         save_file(state, source)
@@ -95,7 +100,14 @@ def test_openai_archives_are_torchscript_with_quick_gelu_in_half_precision(tmp_p
 
 @pytest.mark.parametrize(
     ("image", "text"),
-    [("vit", "causal"), ("vit", "sigmoid"), ("vit-quick", "quick"), ("resnet", "causal"), ("timm", "causal")],
+    [
+        *(("vit", text) for text in ("causal", "sigmoid", "siglip", "bert", "t5-relu")),
+        ("vit-quick", "quick"),
+        ("vit-plain", "causal-last"),
+        ("resnet", "t5"),
+        ("timm", "bert-mean"),
+        ("timm-pool", "attended"),
+    ],
 )
 def test_export_to_open_clip_and_back_is_the_identity(image: str, text: str, tmp_path: Path) -> None:
     ours = small(image, text)
@@ -106,6 +118,8 @@ def test_export_to_open_clip_and_back_is_the_identity(image: str, text: str, tmp
     for name, tensor in ours.model.state_dict().items():
         assert torch.equal(back.model.state_dict()[name], tensor), name
     export(back, "open_clip", tmp_path / "again", source=tmp_path)
+    if (tmp_path / "again" / "text_config").is_dir():
+        relocate(tmp_path / "again", tmp_path / "there")  # their places are all that differs
     first, second = (load_file(tmp_path / folder / "open_clip_model.safetensors") for folder in ("there", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -123,12 +137,16 @@ def test_names_of_the_published_models_there_and_back(name: str) -> None:
     assert all(torch.equal(again[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("image", ["vit", "vit-quick"])
-def test_transformers_and_back(image: str, tmp_path: Path) -> None:
-    ours = small(image, "quick" if image == "vit-quick" else "causal")
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [("vit", "causal"), ("vit-quick", "quick"), ("vit-siglip", "siglip-loss"), ("timm", "bert"), ("vit", "bi-cls")],
+)
+def test_transformers_and_back(image: str, text: str, tmp_path: Path) -> None:
+    ours = small(image, text)
     export(ours, "transformers", tmp_path / "there", source=tmp_path)
     back = read(tmp_path / "there", tmp_path / "back")
-    assert back.recipe.text.activation == ours.recipe.text.activation
+    assert back.recipe.text == ours.recipe.text
+    assert back.recipe.image == ours.recipe.image
     assert back.preprocess == ours.preprocess
     assert all(torch.equal(back.model.state_dict()[name], tensor) for name, tensor in ours.model.state_dict().items())
 
@@ -174,6 +192,45 @@ def test_what_cannot_be_imported_is_an_error_that_says_why(tmp_path: Path, capsy
         "another vocabulary",
         vocabulary=Path(clip_train.__file__).parents[1] / "tokenizer/vocabularies/default-49152.json.gz",
     )
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("vision_cfg", "pool_type", "avg"),
+        ("vision_cfg", "act_kwargs", {"approximate": "none"}),
+        ("text_cfg", "pool_type", "none"),
+        ("text_cfg", "embed_cls", True),
+        ("text_cfg", "norm_kwargs", {"bias": False}),
+    ],
+)
+def test_settings_without_a_twin_here_are_refused_by_name(table: str, key: str, value: Any, tmp_path: Path) -> None:
+    export(small("vit"), "open_clip", tmp_path / "there", source=tmp_path)
+    file = tmp_path / "there" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"][table][key] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{key} ="):
+        read(tmp_path / "there", tmp_path / "run")
+
+
+def test_berts_own_pooler_and_segments(tmp_path: Path) -> None:
+    """BERT's tanh pooler has no twin; the vector of its one segment becomes part of the positions."""
+    ours = small("vit", "bert")
+    export(ours, "transformers", tmp_path / "there", source=tmp_path)
+    file = tmp_path / "there" / "model.safetensors"
+    state = load_file(file)
+    state["text_model.embeddings.token_type_embeddings.weight"] = torch.randn(1, 32)
+    save_file(state, file, metadata={"format": "pt"})
+    back, there = read(tmp_path / "there", tmp_path / "run"), load_transformers(tmp_path / "there").encode_text
+    texts = ["a diagram", "a dog"]
+    assert there is not None
+    assert (back.encode_text(texts) - there(texts)).abs().max() <= 1e-5
+    assert (back.encode_text(texts) - ours.encode_text(texts)).abs().max() > 1e-3
+    state["text_model.pooler.dense.weight"] = torch.eye(32)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="pooler"):
+        read(tmp_path / "there", tmp_path / "other")
 
 
 def test_a_run_starts_from_imported_weights_at_another_size(

@@ -22,6 +22,9 @@ IMAGE_TOWERS = {
     "vit-cls": lambda: VisionTransformer(32, 8, 48, 2, 3),
     "vit-mean": lambda: VisionTransformer(32, 8, 48, 2, 3, pool="mean"),
     "vit-map": lambda: VisionTransformer(32, 8, 48, 2, 3, pool="map", activation="quick_gelu"),
+    "vit-siglip": lambda: VisionTransformer(
+        32, 8, 48, 2, 3, pool="map", activation="gelu_tanh", pre_norm=False, norm_eps=1e-6, projection=False
+    ),
     "resnet": lambda: ModifiedResNet(32, (1, 1, 1, 1), 8, 4),
     "timm-resnet": lambda: TimmTower("test_resnet", 32),
     "timm-vit": lambda: TimmTower("test_vit", 32),
@@ -63,7 +66,7 @@ def test_every_parameter_of_the_model_receives_a_gradient(tower: Tower) -> None:
     for module in tower.modules():  # gains that start at zero would hide what is behind them
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
-    model = TwoTower(tower, TextTransformer(20, 6, 16, 1, 2), 24)
+    model = TwoTower(tower, TextTransformer(20, 6, 16, 1, 2), 24 if tower.projection else tower.width)
     image, text, scale = model(images_for(tower), torch.randint(0, 20, (4, 6)), torch.tensor([6, 3, 2, 4]))
     F.cross_entropy(scale * image @ text.T, torch.arange(4)).backward()
     for name, parameter in model.named_parameters():
@@ -73,7 +76,7 @@ def test_every_parameter_of_the_model_receives_a_gradient(tower: Tower) -> None:
 
 
 def test_gains_and_biases_do_not_decay(tower: Tower) -> None:
-    model = TwoTower(tower, TextTransformer(20, 6, 16, 1, 2), 24)
+    model = TwoTower(tower, TextTransformer(20, 6, 16, 1, 2), 24 if tower.projection else tower.width)
     spared = model.no_weight_decay()
     parameters = dict(model.named_parameters())
     assert spared <= parameters.keys()
@@ -96,6 +99,12 @@ def test_a_picture_of_another_size_is_refused() -> None:
         (lambda: VisionTransformer(30, 8, 48, 1, 3), "image_size=30 is not a multiple of patch_size=8"),
         (lambda: VisionTransformer(32, 8, 48, 1, 5), "width=48 is not divisible by heads=5"),
         (lambda: VisionTransformer(32, 8, 48, 1, 3, pool="eot"), "pool='eot' is unknown for images"),
+        (
+            lambda: TwoTower(
+                VisionTransformer(32, 8, 48, 1, 3, projection=False), TextTransformer(20, 6, 16, 1, 2), 24
+            ),
+            "width=48, embed_dim=24",
+        ),
         (lambda: ModifiedResNet(40), "image_size=40 is not a multiple of 32"),
         (lambda: ModifiedResNet(32, (1, 1, 1)), "four stages"),
         (lambda: ModifiedResNet(32, (1, 1, 1, 1), 8, 5), "not divisible by heads=5"),
