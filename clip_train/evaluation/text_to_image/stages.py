@@ -53,7 +53,7 @@ class Settings:
 BUDGETS = {
     "full": Settings(),
     "small": Settings(
-        codebook_steps=320, classifier_width=16, classifier_steps=240, width=96, layers=2, steps=600, batch=32,
+        codebook_steps=320, classifier_width=16, classifier_steps=240, width=96, layers=2, steps=350, batch=32,
     ),
 }  # fmt: skip
 """By name: what a full ablation uses, and a trial's."""
