@@ -56,6 +56,8 @@ def run_recipe(
             console.print(
                 f"[bold]{recipe.name}[/] on {process.world} × {process.device.type} → {run_dir}", soft_wrap=True
             )
+            if process.precision != (asked := recipe.training.precision):
+                console.print(f"this CPU has no {asked} arithmetic of its own: computing in {process.precision}")
 
         run_dir.mkdir(parents=True, exist_ok=True)
         if process.is_main:

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clip_train.bench.measure import conclude, machine
-from clip_train.bench.sides import OpenClipSide, OurSide, peer_inputs, with_adamw
+from clip_train.bench.sides import OpenClipSide, OurSide, in_arithmetic_of_this_machine, peer_inputs, with_adamw
 from clip_train.bench.step import begin, check_equal_losses
 from clip_train.bench.worker import Worker, finish
 from clip_train.build import build_preprocess, build_stream, learning_rate
@@ -87,7 +87,8 @@ class Verdict:
 def main(args: argparse.Namespace) -> int:
     """Train, compare, draw; the last line is the ratio of the times to equal accuracy."""
     console = Console(highlight=False)
-    recipe = prepare(load_recipe(args.recipe, args.overrides), args.steps, args.lr)
+    recipe = in_arithmetic_of_this_machine(load_recipe(args.recipe, args.overrides))
+    recipe = prepare(recipe, args.steps, args.lr)
     parts = split(args.steps, args.parts)
     curves: Curves = {side: [] for side in SIDES}
     with console.status("starting") as status:

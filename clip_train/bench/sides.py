@@ -24,7 +24,7 @@ from clip_train.export.open_clip import model_config
 from clip_train.export.open_clip_keys import to_open_clip
 from clip_train.models.two_tower import TwoTower
 from clip_train.objectives.base import Features, Inputs
-from clip_train.runtime.process import Process
+from clip_train.runtime.process import Process, arithmetic
 from clip_train.training.update import train_step
 from tokenizer import BPETokenizer
 
@@ -43,6 +43,11 @@ def with_adamw(recipe: Recipe) -> Recipe:
     own = recipe.optimizer.model_dump(exclude={"kind", "layer_decay"})
     known = [f"optimizer.{key}={own[key]}" for key in AdamW.model_fields if key in own]
     return set_values(recipe, ["optimizer.kind=adamw", *known])
+
+
+def in_arithmetic_of_this_machine(recipe: Recipe) -> Recipe:
+    """The recipe in the precision that our side would train it in here, so that both sides compute in the same."""
+    return set_values(recipe, [f"training.precision={arithmetic(recipe.training.precision)}"])
 
 
 def open_clip_model(recipe: Recipe, tokenizer: BPETokenizer, model: TwoTower) -> Any:

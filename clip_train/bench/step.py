@@ -18,7 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_train.bench.measure import conclude, machine, median_ratio
-from clip_train.bench.sides import EMBEDDED, OpenClipSide, OurSide, peer_inputs, with_adamw
+from clip_train.bench.sides import (
+    EMBEDDED,
+    OpenClipSide,
+    OurSide,
+    in_arithmetic_of_this_machine,
+    peer_inputs,
+    with_adamw,
+)
 from clip_train.bench.worker import Worker, finish, interleave_workers, peak_memory, resident_bytes
 from clip_train.build import build_stream, build_tokenizer, build_two_tower
 from clip_train.config import load_recipe
@@ -54,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
     """Compare, time, print one table and the ratio."""
     console = Console(highlight=False)
     recipe = load_recipe(args.recipe, [*args.overrides, *(EMBEDDED if args.embedded else [])])
+    recipe = in_arithmetic_of_this_machine(recipe)
     if not args.own_optimizer:
         recipe = with_adamw(recipe)
     if args.compile:

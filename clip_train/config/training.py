@@ -207,7 +207,8 @@ class Training(Section):
     """In place of `steps`: passes over all samples. The last batch is filled up from the pass that would follow."""
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the towers; weights, optimizer, features and loss stay fp32. fp16 scales the loss."""
+    """Arithmetic of the towers; weights, optimizer, features and loss stay fp32. fp16 scales the loss. A CPU
+    without bf16 arithmetic computes in fp32 and says so."""
     micro_batch: PositiveInt | None = None
     """Samples a process holds activations for. A smaller one than its share turns on gradient caching for contrastive
     losses, which still see every negative of the global batch, and adds gradients up for the others."""

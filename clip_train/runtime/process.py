@@ -33,6 +33,7 @@ class Process:
     world: int
     device: torch.device
     precision: str
+    """What the towers compute in."""
     accelerator: Accelerator
     local_world: int = 1
     """Processes on this node."""
@@ -56,6 +57,18 @@ class Process:
             dist.barrier()
 
 
+def arithmetic(precision: str) -> str:
+    """What is computed in where `precision` is asked for: fp32 in place of bf16 on a CPU that has no bf16 products of
+    its own (before AVX-512, say), where imitated ones take tens of times as long."""
+    return "fp32" if precision == "bf16" and not (torch.cuda.is_available() or has_bf16_products()) else precision
+
+
+def has_bf16_products() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than it imitates them."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+
+
 @contextmanager
 def launched(
     precision: str,
@@ -67,10 +80,12 @@ def launched(
 ) -> Generator[Process]:
     """The process group, from launch to teardown; `trackers` are names accelerate knows (wandb, tensorboard).
 
+    `precision` is what the recipe asks for; the process's own is what `arithmetic` makes of it.
+
     Raises ConfigError where the device cannot do the precision. The group is destroyed on every way out: a gloo
     teardown without it aborts now and then.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, precision = torch.cuda.is_available(), arithmetic(precision)
     if precision == "fp16" and not on_gpu:
         raise ConfigError("training.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
     if not on_gpu:

@@ -82,7 +82,7 @@ def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:
     recipe, process = run.recipe, run.process
     steps, every = run.steps, recipe.logging.every_steps
     image_cost = lru_cache(lambda size: image_flops(run.model.towers["image"], True, training=True, image_size=size))
-    peak = measured_peak_flops(process.device, recipe.training.precision) * process.world
+    peak = measured_peak_flops(process.device, process.precision) * process.world
     metrics = MetricsFile(run.run_dir / "metrics.jsonl", run.step) if process.is_main else None
     trackers = Trackers(
         process.accelerator,
