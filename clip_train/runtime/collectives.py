@@ -32,7 +32,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.count = rows.shape[0]
         gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        # Deprecated from torch 2.14 on for names that older ones do not know.
+        dist.all_gather_into_tensor(gathered, rows.contiguous())  # pyright: ignore[reportDeprecated]
         return gathered
 
     @staticmethod
@@ -40,7 +41,7 @@ class _Gather(torch.autograd.Function):
         grad = grads[0].contiguous()
         if dist.get_backend() == "nccl":
             own = grad.new_empty((ctx.count, *grad.shape[1:]))
-            dist.reduce_scatter_tensor(own, grad)
+            dist.reduce_scatter_tensor(own, grad)  # pyright: ignore[reportDeprecated]
             return own
         dist.all_reduce(grad)  # gloo has no reduce-scatter
         return grad[rank() * ctx.count : (rank() + 1) * ctx.count]
