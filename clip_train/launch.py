@@ -56,8 +56,7 @@ def run_recipe(
             console.print(
                 f"[bold]{recipe.name}[/] on {process.world} × {process.device.type} → {run_dir}", soft_wrap=True
             )
-            if process.precision != (asked := recipe.training.precision):
-                console.print(f"this CPU has no {asked} arithmetic of its own: computing in {process.precision}")
+            say_arithmetic(process, recipe.training.precision, console)
 
         run_dir.mkdir(parents=True, exist_ok=True)
         if process.is_main:
@@ -84,6 +83,12 @@ def run_recipe(
             if outcome.signal is not None:
                 console.print(f"stopped by signal {outcome.signal} at step {outcome.step}, saved: run again to go on")
     return exit_code(outcome.signal)
+
+
+def say_arithmetic(process: Process, asked: str, console: Console) -> None:
+    """A notice where the process does not compute in what was asked for."""
+    if process.precision != asked:
+        console.print(f"this CPU has no {asked} products of its own: computing in {process.precision}", soft_wrap=True)
 
 
 def write_environment(path: Path, process: Process) -> None:
@@ -154,6 +159,8 @@ def run_embedding(
     loaded = load_checkpoint(read_checkpoint(path))
     usual = loaded.recipe.training.precision if torch.cuda.is_available() else "fp32"
     with launched(precision or usual) as process:
+        if process.is_main:
+            say_arithmetic(process, precision or usual, console)
         loaded.model.to(process.device)
         with Progress(
             TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn(),

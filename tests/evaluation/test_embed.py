@@ -18,6 +18,7 @@ from clip_train.data.decode import decode
 from clip_train.errors import DataError
 from clip_train.evaluation.embed import embed
 from clip_train.evaluation.search import search
+from clip_train.runtime import process
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,10 @@ def test_two_processes_write_what_one_writes(trained: Path, tmp_path: Path) -> N
         assert words == two[key][2]
 
 
-def test_arithmetic_in_bf16_is_rounded_and_near(trained: Path, tmp_path: Path) -> None:
+def test_arithmetic_in_bf16_is_rounded_and_near(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "has_bf16_products", lambda: True)
     for precision in ("fp32", "bf16"):
         arguments = ["embed", str(trained / "run"), str(trained / "s-0.tar"), str(tmp_path / precision)]
         assert main([*arguments, "--precision", precision, "--dtype", "fp32"]) == 0
