@@ -119,9 +119,7 @@ def test_two_processes_write_what_one_writes(trained: Path, tmp_path: Path) -> N
         assert words == two[key][2]
 
 
-def test_arithmetic_in_bf16_is_rounded_and_near(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arithmetic_in_bf16_is_rounded_and_near(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "has_bf16_products", lambda: True)
     for precision in ("fp32", "bf16"):
         arguments = ["embed", str(trained / "run"), str(trained / "s-0.tar"), str(tmp_path / precision)]
