@@ -76,23 +76,19 @@ def single(results: Results, comparison: Comparison) -> list[tuple[str, str, Int
 def claims(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
     """Sentences: what was shown, and what was not."""
     shown: list[str] = []
-    open_: list[str] = []
+    open_: dict[str, list[str]] = {}
     for one in findings:
-        name, ahead = label(one.headline), _ahead(one)
+        name = label(one.headline)
         if one.sure:
-            tail = f" — as expected from elsewhere: {one.verdict}" if one.verdict == "reproduced" else ""
-            tail = " — against what is known from elsewhere: refuted here" if one.verdict == "refuted" else tail
-            shown.append(
-                f"On {name}, {ahead} ahead by {difference(one.interval)} (Holm p {p_value(one.p_holm)}){tail}."
-            )
+            tail = {
+                "reproduced": ", as is known from elsewhere",
+                "refuted": ", against what is known from elsewhere",
+            }.get(one.verdict, "")
+            shown.append(f"{_ahead(one)} ahead by {_size(one)} on {name} (Holm p {p_value(one.p_holm)}){tail}.")
         else:
-            largest = 100 * max(abs(one.interval.low), abs(one.interval.high))
-            tail = "; what is known from elsewhere is neither reproduced nor refuted" if one.verdict else ""
-            open_.append(
-                f"On {name}, {sides(one.comparison)}: {difference(one.interval)} is not told from zero (Holm p "
-                f"{p_value(one.p_holm)}); differences up to {largest:.1f} are not excluded{tail}."
-            )
-    return shown, open_
+            tail = " (neither reproduces nor refutes what is known)" if one.verdict else ""
+            open_.setdefault(sides(one.comparison), []).append(f"{name} {difference(one.interval)}{tail}")
+    return shown, [f"{which}: {'; '.join(found)}." for which, found in open_.items()]
 
 
 def label(headline: str) -> str:
@@ -116,9 +112,12 @@ def side(names: Sequence[str]) -> str:
     """The cells of one side; those of a product by what they have in common."""
     if len(names) == 1:
         return names[0]
-    parts = [set(name.split("-")) for name in names]
-    common = [part for part in names[0].split("-") if all(part in one for one in parts)]
-    return f"{'-'.join(common)}-* (mean of {len(names)})" if common else f"mean of {', '.join(names)}"
+    parts = [name.split("-") for name in names]
+    if len({len(one) for one in parts}) == 1:
+        pattern = [words[0] if len(set(words)) == 1 else "*" for words in zip(*parts, strict=True)]
+        if set(pattern) != {"*"}:
+            return f"{'-'.join(pattern)} (mean of {len(names)})"
+    return f"mean of {', '.join(names)}"
 
 
 def difference(one: Interval) -> str:
@@ -134,4 +133,10 @@ def _ahead(one: Finding) -> str:
     first, second = side(one.comparison.first), side(one.comparison.second)
     if one.interval.estimate < 0:
         first, second = second, first
-    return f"{first} is, against {second},"
+    return f"{first} against {second}:"
+
+
+def _size(one: Finding) -> str:
+    found = one.interval
+    low, high = sorted(100 * abs(bound) for bound in (found.low, found.high))
+    return f"{100 * abs(found.estimate):.1f} [{low:.1f}, {high:.1f}]"

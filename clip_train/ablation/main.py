@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,13 +51,16 @@ def ablate(
     if not report_only:
         check(grid)
         learn_vocabulary(grid, console)
-        make_generator(grid, console, program)
         if plan_only:
+            if grid.generator is not None and not (grid.out / "generator.json").exists():
+                console.print("without experiment 3, whose generator is not trained yet", soft_wrap=True)
+                grid = replace(grid, generator=None)
             threads = max(1, (os.cpu_count() or 1) // jobs)
             plan.measure(grid, program, threads, console)
         plan.show(grid, mine, jobs, console)
         if plan_only:
             return 0
+        make_generator(grid, console, program)
         outcome = run_cells(grid, mine, jobs=jobs, console=console, program=program)
         for name, why in outcome.failed.items():
             console.print(f"[bold red]failed[/] {name}: {why}", soft_wrap=True)

@@ -22,6 +22,7 @@ from clip_train.ablation import cells as folders
 from clip_train.ablation.grid import Cell, Grid
 from clip_train.config.load import dump_recipe, set_values
 from clip_train.errors import UserError
+from clip_train.training.signals import stop_signals
 
 TIMED_STEPS = 16
 
@@ -122,14 +123,24 @@ def _time(grid: Grid, cell: Cell, program: Sequence[str], threads: int) -> Timin
 
 
 def run_command(program: Sequence[str], arguments: Sequence[str], threads: int, log: Path) -> None:
-    """One command to its end. Raises UserError, with the end of its log, where it fails."""
-    with log.open("w", encoding="utf-8") as out:
-        code = subprocess.run(
-            [*program, *arguments], stdout=out, stderr=out, env=folders.environment(threads), check=False
-        ).returncode
-    if code:
+    """One command to its end. Raises UserError, with the end of its log, where it fails; a signal goes to it, too."""
+    with stop_signals() as stop, log.open("a", encoding="utf-8") as out:
+        child = subprocess.Popen(
+            [*program, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            env=folders.environment(threads), start_new_session=True,
+        )  # fmt: skip
+        try:
+            while child.poll() is None and stop.signal is None:
+                time.sleep(0.1)
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+        if stop.signal is not None:
+            raise SystemExit(128 + stop.signal)
+    if child.returncode:
         raise UserError(
-            f"timing failed: exit code {code} of {' '.join(arguments)}; {log} ends:\n{folders.last_words(log)}"
+            f"exit code {child.returncode} of {' '.join(arguments)}; {log} ends:\n{folders.last_words(log)}"
         )
 
 

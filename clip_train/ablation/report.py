@@ -81,6 +81,9 @@ TITLES = {
 }
 
 
+OPEN = "Differences × 100 that are not told from zero; those within the interval are not excluded."
+
+
 def _charts(results: Results, found: Sequence[Finding]) -> Charts:
     draw: dict[str, Callable[[Theme], Figure] | None] = {
         "headline": _headline(results),
@@ -213,7 +216,7 @@ def _html(results: Results, found: Sequence[Finding], charts: Charts) -> str:
         f'<header><p class="run"><b>{text(grid.file.name)}</b> · clip-train</p><h1>{text(_title(results, found))}</h1>'
         f'<p class="lead">{text(grid.file.description)}</p>{page.stats(_stats(results, found))}</header>',
         page.section("claims", "What it shows", "", _list(shown or ["Nothing, after the correction."])),
-        page.section("open", "What it leaves open", "", _list(open_)) if open_ else "",
+        page.section("open", "What it leaves open", OPEN, _list(open_)) if open_ else "",
     ]
     for name, (light, dark) in charts.items():
         title, note = TITLES[name]
@@ -233,7 +236,7 @@ def _markdown(results: Results, found: Sequence[Finding], charts: Charts) -> str
     shown, open_ = findings.claims(found)
     lines = [f"# {results.grid.file.name}", "", results.grid.file.description, "", f"**{_title(results, found)}.**", ""]
     lines += ["## What it shows", "", *(f"- {one}" for one in shown or ["Nothing, after the correction."]), ""]
-    lines += ["## What it leaves open", "", *(f"- {one}" for one in open_ or ["Nothing that was asked."]), ""]
+    lines += ["## What it leaves open", "", OPEN, "", *(f"- {one}" for one in open_ or ["Nothing that was asked."]), ""]
     for name in charts:
         title, note = TITLES[name]
         lines += [f"## {title}", "", note, "", f"![{title}](report/{name}.png)", ""]
@@ -397,8 +400,10 @@ def _colour_groups(results: Results) -> dict[str, int]:
 
 
 def _dash(grid: Grid, cell: Cell) -> int:
-    """A style of line for each level of the second axis."""
-    if len(grid.file.axes) < 2 or cell.name in grid.file.arms:
+    """A style of line for each level of the second axis, and for each arm."""
+    if cell.name in grid.file.arms:
+        return list(grid.file.arms).index(cell.name)
+    if len(grid.file.axes) < 2:
         return 0
     second = list(grid.file.axes)[1]
     return list(grid.file.axes[second]).index(cell.levels[second])
