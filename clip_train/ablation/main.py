@@ -109,7 +109,7 @@ def _check_cell(cell: Cell, built: set[str]) -> None:
     patterns = [source.shards for source in recipe.data.sources.values()]
     patterns += [task.shards for task in recipe.evaluation.tasks.values()]
     for pattern in patterns:
-        if not any(":" in one and not one.startswith("embedded:") for one in _several(pattern)):
+        if pattern is not None and not any(":" in one and not one.startswith("embedded:") for one in _several(pattern)):
             resolve(pattern)
 
 
