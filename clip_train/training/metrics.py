@@ -120,27 +120,18 @@ class Interval:
 def measured_peak_flops(device: torch.device, precision: str, seconds: float = 0.2) -> float:
     """FLOP/s of a large matrix product on this device and in this precision: the denominator of MFU."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    size = 8192 if device.type == "cuda" else 256
-    began, best = time.perf_counter(), float("inf")
-    while True:
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        torch.mm(a, b)
-        taken = _seconds_of_product(a, b)
-        # A CPU that does not know the precision takes minutes for a product that others do in a blink.
-        if device.type == "cuda" or size == 2048 or taken > seconds / 10:
-            break
-        size *= 2
-    while best == float("inf") or time.perf_counter() - began < seconds:
-        best = min(best, _seconds_of_product(a, b))
-    return 2 * size**3 / best
-
-
-def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    _wait(a.device)
-    start = time.perf_counter()
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
     torch.mm(a, b)
-    _wait(a.device)
-    return time.perf_counter() - start
+    began = time.perf_counter()
+    while best == float("inf") or time.perf_counter() - began < seconds:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def _wait(device: torch.device) -> None:

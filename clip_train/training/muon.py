@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from clip_train.runtime.process import has_bf16_products
 from clip_train.training import foreach
 
 # Quintics a x + b x^3 + c x^5, one an iteration, each the best for the interval its predecessor leaves: the greedy
@@ -210,10 +211,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """bf16, which is precise enough; fp32 on CPUs that have no bf16 products and emulate them 50 times slower."""
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return torch.bfloat16
+    """bf16, which is precise enough; fp32 on CPUs that have no bf16 products of their own."""
+    return torch.float32 if device.type == "cpu" and not has_bf16_products() else torch.bfloat16
 
 
 def gram_matrix(x: Tensor) -> Tensor:
