@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -150,33 +151,38 @@ def _progress(console: Console) -> Progress:
 
 def table_of(name: str, results: Sequence[TaskResult]) -> Table:
     """One encoder's figures."""
-    table = Table(title=name, title_justify="left")
-    for column in ("task", "metric"):
-        table.add_column(column, no_wrap=True)
-    for column in ("value", "chance", "bag of words", "n"):
-        table.add_column(column, justify="right")
-    table.add_column("pool")
-    table.add_column("s", justify="right")
+    table = slim_table(f"{name} (words: a bag of words)", ("task", "metric"), ("value", "chance", "words", "n", "pool"))
     for one in results:
         bag = one.more.get("bag_of_words")
         table.add_row(
             one.name, one.metric, f"[bold]{one.value:.3f}[/]", f"{one.chance:.3f}",
-            "" if bag is None else f"{bag:.3f}", str(one.n), one.pool, f"{one.seconds:.1f}",
+            "" if bag is None else f"{bag:.3f}", str(one.n), one.pool,
         )  # fmt: skip
+    return table
+
+
+def slim_table(title: str, texts: Sequence[str], figures: Sequence[str]) -> Table:
+    """A table that loses no digit in 80 columns: what is long folds, and there are few lines."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.collapse_padding = True
+    for column in texts:
+        table.add_column(column, overflow="fold")
+    for column in figures:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def comparison_table(names: Sequence[str], differences: Sequence[Difference]) -> Table:
     """Differences from the first encoder, with their intervals."""
-    table = Table(title=f"against {names[0]}", title_justify="left")
-    for column in ("task", "encoder", "metric"):
-        table.add_column(column, no_wrap=True)
-    for column in (names[0], "value", "difference", "95 % interval", "p (Holm)", "p (Williams)"):
-        table.add_column(column, justify="right")
+    table = slim_table(
+        f"against {names[0]}: value, difference and its 95 % interval, p by Holm and by Williams",
+        ("task", "encoder"),
+        ("value", "difference", "interval", "p", "Williams"),
+    )
     for one in differences:
         table.add_row(
-            one.task, one.encoder, one.metric, f"{one.reference:.3f}", f"{one.value:.3f}",
-            f"{one.value - one.reference:+.3f}", f"{one.low:+.3f} … {one.high:+.3f}", f"{one.p:.3g}",
-            "" if one.williams_p is None else f"{one.williams_p:.3g}",
+            one.task, one.encoder, f"{one.value:.3f}", f"{one.value - one.reference:+.3f}",
+            f"{one.low:+.3f} … {one.high:+.3f}", f"{one.p:.2g}",
+            "" if one.williams_p is None else f"{one.williams_p:.2g}",
         )  # fmt: skip
     return table
