@@ -7,6 +7,7 @@ keeps of the weights, activations of one micro-batch, and the loss. It is an est
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from clip_train.build import build_stages, build_tokenizer, build_two_tower
-from clip_train.config.schema import InfoNCE, Recipe, ResNet, Sigmoid, VisionTransformer
+from clip_train.build import build_model, build_stages, build_tokenizer
+from clip_train.config.schema import InfoNCE, MaskedLM, Recipe, ResNet, Sigmoid, VisionTransformer
 from clip_train.data.stages import Stage
-from clip_train.errors import ConfigError
 from clip_train.models.attention import SelfAttention
 from clip_train.models.base import Tower
-from clip_train.models.flops import forward_flops, parameter_count
+from clip_train.models.flops import forward_flops, parameter_count, text_flops
+from clip_train.models.language import LanguageModel
 from clip_train.models.text_tower import TextTower
 from clip_train.models.two_tower import TwoTower
 from clip_train.objectives.tiles import logit_bytes
@@ -41,14 +42,14 @@ class Estimate:
     image_flops: float
     """Forward FLOPs of a picture."""
     text_flops: float
-    """Forward FLOPs of a caption of the given length."""
+    """Forward FLOPs of a caption of the given length; of a language model with what its head is asked."""
     training_flops: float
-    """Forward and backward of a pair, mean over the run's stages, without patches that are dropped."""
+    """Forward and backward of a sample, mean over the run's stages, without patches that are dropped."""
     state_bytes: int
     """Weights, gradients, the optimizer's moments, the average of the weights."""
     activation_bytes: int
     loss_bytes: int
-    """Logits, or tiles of them, and everybody's features with their gradients."""
+    """Logits, or tiles of them, and everybody's features with their gradients; of a language model its logits."""
     samples_per_second: float
     """Of all devices."""
     samples: int | None
@@ -77,14 +78,10 @@ def estimate(
     `tokens` is the mean caption length (default: the cap, as if nothing were trimmed); `samples` defaults to the
     recipe's steps times its batch, and is unknown where it counts epochs.
     """
-    if not isinstance(recipe.loss, InfoNCE | Sigmoid):
-        raise ConfigError(f"estimate counts pairs; loss.kind = {recipe.loss.kind!r} has none")
     tokenizer = build_tokenizer(recipe)
     with torch.device("meta"):
-        model = build_two_tower(recipe, tokenizer)
+        model = build_model(recipe, tokenizer)
     tokens = float(tokenizer.context_length) if tokens is None else tokens
-    flops = forward_flops(model, tokens)
-    training = training_flops(recipe, model, tokenizer, tokens)
     parameters = parameter_count(model)
     batch = recipe.data.batch_size
     share = max(1, batch // devices)
@@ -93,16 +90,31 @@ def estimate(
     copies = 0 if width == 4 else width
     moments = 4 if recipe.optimizer.kind == "lion" else 8
     average = 0 if recipe.training.ema is None else 4
+    if isinstance(model, LanguageModel):
+        image_parameters, image, text = 0, 0.0, _language_flops(recipe, model, tokens)
+        training = _mean_over_stages(
+            recipe, tokenizer, tokens, lambda length, _: _language_flops(recipe, model, length)
+        )
+        activations = _text_activations(model.text, tokens)
+        # Logits, their softmax and their gradient, fp32.
+        loss_bytes = round(3 * 4 * micro * _targets(recipe, tokens) * model.embeddings.shape[0])
+    else:
+        image_parameters = parameter_count(model.image) + parameter_count(model.image_projection)
+        flops = forward_flops(model, tokens)
+        image, text, training = flops.image, flops.text, training_flops(recipe, model, tokenizer, tokens)
+        activations = _image_activations(recipe) + _text_activations(model.text, tokens)
+        assert isinstance(recipe.loss, InfoNCE | Sigmoid)
+        loss_bytes = logit_bytes(recipe.loss.impl, share, batch, "cuda") + 4 * recipe.joint.embed_dim * 4 * batch
     return Estimate(
-        image_parameters=parameter_count(model.image) + parameter_count(model.image_projection),
-        text_parameters=parameter_count(model.text) + parameter_count(model.text_projection),
+        image_parameters=image_parameters,
+        text_parameters=parameters - image_parameters,
         parameters=parameters,
-        image_flops=flops.image,
-        text_flops=flops.text,
+        image_flops=image,
+        text_flops=text,
         training_flops=training,
         state_bytes=parameters * (4 + 4 + moments + average + copies),
-        activation_bytes=round(micro * width * (_image_activations(recipe) + _text_activations(model.text, tokens))),
-        loss_bytes=logit_bytes(recipe.loss.impl, share, batch, "cuda") + 4 * recipe.joint.embed_dim * 4 * batch,
+        activation_bytes=round(micro * width * activations),
+        loss_bytes=loss_bytes,
         samples_per_second=devices * peak_flops * mfu / training,
         samples=samples or (recipe.training.steps * batch if recipe.training.steps else None),
     )
@@ -110,16 +122,35 @@ def estimate(
 
 def training_flops(recipe: Recipe, model: TwoTower, tokenizer: BPETokenizer, tokens: float) -> float:
     """FLOPs of a pair in a step, the mean over the steps of the run. All tokens of a caption count, as is usual."""
-    full = Stage(recipe.training.steps or 0, recipe.vision.image_size, tokenizer.context_length)
+
+    def forward(length: float, image_size: int | None) -> float:
+        return forward_flops(model, length, training=True, image_size=image_size).total
+
+    return _mean_over_stages(recipe, tokenizer, tokens, forward)
+
+
+def _mean_over_stages(
+    recipe: Recipe, tokenizer: BPETokenizer, tokens: float, forward: Callable[[float, int | None], float]
+) -> float:
+    """Three times the FLOPs of `forward` of a caption's length and a picture's size, the mean over the run's steps."""
+    size = None if recipe.image is None else recipe.image.image_size
     if not recipe.training.steps:  # counted in epochs, of data that nobody has looked at: as if all were of full size
-        return 3 * forward_flops(model, tokens, training=True).total
+        return 3 * forward(tokens, size)
     total, first = 0.0, 0
-    for stage in (*build_stages(recipe, tokenizer), full):
-        length = min(tokens, stage.context_length)
-        cost = forward_flops(model, length, training=True, image_size=stage.image_size)
-        total += 3 * cost.total * (stage.until_step - first)
+    for stage in (*build_stages(recipe, tokenizer), Stage(recipe.training.steps, size, tokenizer.context_length)):
+        total += 3 * forward(min(tokens, stage.context_length), stage.image_size) * (stage.until_step - first)
         first = stage.until_step
     return total / recipe.training.steps
+
+
+def _targets(recipe: Recipe, tokens: float) -> float:
+    """Tokens of a text that are to be told: a share of those between SOT and EOT, or all but the first."""
+    return recipe.loss.rate * (tokens - 2) if isinstance(recipe.loss, MaskedLM) else tokens - 1
+
+
+def _language_flops(recipe: Recipe, model: LanguageModel, tokens: float) -> float:
+    """Forward FLOPs of a text of `tokens` tokens and of the head."""
+    return text_flops(model.text, tokens) + model.target_flops * _targets(recipe, tokens)
 
 
 def _image_activations(recipe: Recipe) -> float:
@@ -179,10 +210,10 @@ def main(recipe: Recipe, args: argparse.Namespace, console: Console) -> int:
         "parameters": f"{cost.parameters / 1e6:,.1f} M",
         "  image tower": f"{cost.image_parameters / 1e6:,.1f} M",
         "  text tower": f"{cost.text_parameters / 1e6:,.1f} M",
-        "forward FLOPs a pair": f"{(cost.image_flops + cost.text_flops) / 1e9:,.2f} G",
+        "forward FLOPs a sample": f"{(cost.image_flops + cost.text_flops) / 1e9:,.2f} G",
         "  image": f"{cost.image_flops / 1e9:,.2f} G",
         "  text": f"{cost.text_flops / 1e9:,.2f} G",
-        "training FLOPs a pair": f"{cost.training_flops / 1e9:,.2f} G",
+        "training FLOPs a sample": f"{cost.training_flops / 1e9:,.2f} G",
         "memory a device": f"{cost.memory_bytes / GiB:,.1f} GiB",
         "  weights, gradients, optimizer": f"{cost.state_bytes / GiB:,.2f} GiB",
         "  activations": f"{cost.activation_bytes / GiB:,.2f} GiB",
@@ -195,6 +226,7 @@ def main(recipe: Recipe, args: argparse.Namespace, console: Console) -> int:
         rows["samples"] = f"{cost.samples:,}"
         rows["time"] = f"{cost.days:,.1f} days" if cost.days >= 2 else f"{24 * cost.days:,.1f} hours"
     for label, value in rows.items():
-        table.add_row(label, value)
+        if cost.image_parameters or "image" not in label:
+            table.add_row(label, value)
     console.print(table)
     return 0

@@ -155,6 +155,21 @@ def test_every_recipe_can_be_estimated(path: Path, capsys: pytest.CaptureFixture
     assert "GiB" in table
 
 
+def test_estimate_of_a_language_model() -> None:
+    """Twice as many of 20 tokens masked: 3 more rows of the head's product with the embeddings."""
+    from clip_train.config import load_recipe
+    from clip_train.estimate import estimate
+
+    less, more = (
+        estimate(load_recipe("text-mlm", [f"loss.rate={rate}"]), devices=1, peak_flops=1e12, mfu=0.5, tokens=22)
+        for rate in (0.15, 0.30)
+    )
+    width = load_recipe("text-mlm").text.width
+    assert more.text_flops - less.text_flops == pytest.approx(3 * 2 * 49_152 * width)
+    assert less.training_flops == 3 * less.text_flops
+    assert less.image_parameters == less.image_flops == 0
+
+
 def test_estimate_of_the_papers_model() -> None:
     """151.3 M parameters less the smaller vocabulary and cap; 14.78 GFLOPs at 77 tokens; days by hand."""
     from clip_train.config import load_recipe
