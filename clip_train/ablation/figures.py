@@ -32,12 +32,16 @@ class Dots:
 
 
 def dots(panels: Sequence[Dots], rows: Sequence[str], groups: Mapping[str, int], theme: Theme) -> Figure:
-    """A panel a figure, side by side, cells as rows; `groups` numbers the colours of cells."""
+    """A panel a figure, four side by side, cells as rows; `groups` numbers the colours of cells."""
     colours = _colours(theme)
+    wide = min(4, len(panels))
+    high = -(-len(panels) // wide)
     with styled(theme):
-        figure = Figure(figsize=(9.8, GAP * len(rows) + 0.9), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for column, panel in zip(axes, panels, strict=True):
+        figure = Figure(figsize=(9.8, high * (GAP * len(rows) + 0.9)), layout="constrained")
+        axes = figure.subplots(high, wide, sharey=True, squeeze=False).flatten().tolist()
+        for column in axes[len(panels) :]:
+            column.remove()
+        for column, panel in zip(axes, panels, strict=False):
             scale = 100.0 if panel.percent else 1.0
             for y, name in enumerate(rows):
                 values = scale * panel.values.get(name, np.array([]))
