@@ -16,8 +16,12 @@ help:
 quickstart: $(VENV)/.installed
 	$(BIN)/clip-train quickstart --run-dir $(RUN)
 
+# Tests that start processes of their own, kill them and watch the clock come alone, then the others two files at once.
+ALONE := tests/ablation tests/bench tests/distributed tests/launch tests/training tests/data/test_waiting.py
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

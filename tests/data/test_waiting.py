@@ -53,6 +53,6 @@ def test_ctrl_c_while_a_server_hangs(tmp_path: Path, number: int) -> None:
             time.sleep(0.05)
         assert server.requests, process.stderr
         process.send_signal(number)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
         assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
         assert b"Traceback" not in error

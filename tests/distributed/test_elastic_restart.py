@@ -77,7 +77,7 @@ def test_a_lost_node_leaves_the_other_to_go_on(
 ) -> None:
     """Two agents of one worker each, on loopback; the second is killed with its worker, as if its machine were gone."""
     run_dir, recipe, port = tmp_path / "run", write_recipe(tree), free_port()
-    conf = "join_timeout=120,last_call_timeout=20,keep_alive_interval=1,keep_alive_max_attempt=2"
+    conf = "join_timeout=120,last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=2"
     command = [*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
                "--rdzv-id=one", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={conf}", "--local-addr=127.0.0.1",
                "-m", "clip_train", "train", str(recipe), "--run-dir", str(run_dir)]  # fmt: skip
