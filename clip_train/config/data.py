@@ -59,7 +59,8 @@ class Source(Section):
     image: str = "jpg;jpeg;png;webp"
     """Extensions of the member that holds the picture, the first present wins."""
     caption: str = "txt"
-    """Extension of the member that holds the caption, or `json.FIELD` for a field (text or list) of a JSON member."""
+    """Extension of the member that holds the caption, or `json.FIELD` for a field (text or list) of a JSON member;
+    `json.FIELD[:N]` takes the first N of a list."""
     caption_choice: Literal["first", "random", "all"] = "first"
     """Which of several captions: the first; one drawn by (seed, epoch, sample); or all in turn, another one each epoch,
     so that n epochs show each of n captions once."""

@@ -1,13 +1,14 @@
 """Columns: where in a sample its picture, its captions and its label are.
 
 A column is a member's extension (`jpg`), alternatives of which the first present counts (`jpg;png`), or a
-field of a JSON member (`json.captions`, `json.meta.title`).
+field of a JSON member (`json.captions`, `json.meta.title`). Of a list, `json.captions[:2]` takes the first two.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,25 +34,39 @@ class Column:
 
     extension: str
     field: tuple[str, ...] = ()
+    first: int | None = None
+    """Of a list, so many from its beginning; None takes all."""
 
 
 def parse(text: str) -> tuple[Column, ...]:
-    """`jpg;png`, `txt` or `json.FIELD` -> the alternatives.
+    """`jpg;png`, `txt`, `json.FIELD` or `json.FIELD[:N]` -> the alternatives.
 
     Raises:
-        DataError: nothing is named.
+        DataError: nothing is named, or brackets hold something else than `:N`.
     """
     found: list[Column] = []
     for part in text.split(";"):
-        part = part.strip()
+        part, first = _cut(part.strip())
         head, _, rest = part.partition(".")
         if head.lower() == "json" and rest:
-            found.append(Column("json", tuple(rest.split("."))))
+            found.append(Column("json", tuple(rest.split(".")), first))
+        elif first is not None:
+            raise DataError(f"column {text!r}: [:{first}] is for lists in a JSON member: write `json.FIELD[:{first}]`")
         elif part:
             found.append(Column(part.lower().lstrip(".")))
     if not found:
         raise DataError(f"column {text!r} names no member: write an extension as `jpg`, or `json.FIELD`")
     return tuple(found)
+
+
+def _cut(part: str) -> tuple[str, int | None]:
+    """`FIELD[:N]` -> `FIELD` and N."""
+    if not part.endswith("]"):
+        return part, None
+    found = re.fullmatch(r"(.*)\[:([1-9]\d*)\]", part)
+    if found is None:
+        raise DataError(f"column {part!r}: brackets take the first entries of a list, as json.captions[:2]")
+    return found[1], int(found[2])
 
 
 def read(files: ShardFiles, index: ShardIndex, sample: int, columns: tuple[Column, ...]) -> tuple[Column, bytes]:
@@ -93,7 +108,7 @@ def value(column: Column, data: bytes) -> Any:
         if not isinstance(found, dict) or name not in found:
             raise BadSampleError(f"its {column.extension} member has no field {'.'.join(column.field)}")
         found = cast(dict[str, Any], found)[name]
-    return found
+    return cast(list[Any], found)[: column.first] if isinstance(found, list) else found
 
 
 def read_captions(column: Column, data: bytes) -> list[str]:

@@ -17,8 +17,14 @@ def test_parse() -> None:
     assert columns.parse("jpg; PNG") == (Column("jpg"), Column("png"))
     assert columns.parse("json.meta.title") == (Column("json", ("meta", "title")),)
     assert columns.parse(".txt;seg.png") == (Column("txt"), Column("seg.png"))
+    assert columns.parse("json.a.b[:2];txt") == (Column("json", ("a", "b"), 2), Column("txt"))
     with pytest.raises(DataError, match="names no member"):
         columns.parse(" ; ")
+    for wrong in ("json.captions[0]", "json.captions[:-1]", "json.captions[:0]", "json.captions[1:2]"):
+        with pytest.raises(DataError, match=r"as json.captions\[:2\]"):
+            columns.parse(wrong)
+    with pytest.raises(DataError, match=r"write `json.FIELD\[:2\]`"):
+        columns.parse("txt[:2]")
 
 
 @pytest.fixture
@@ -57,6 +63,8 @@ def test_captions() -> None:
     assert columns.read_captions(TEXT, "\ufeffgrün\n".encode()) == ["grün\n"]
     assert columns.read_captions(FIELD, b'{"c": "a"}') == ["a"]
     assert columns.read_captions(FIELD, b'{"c": ["a", " ", "b"]}') == ["a", "b"]
+    assert columns.read_captions(Column("json", ("c",), 2), b'{"c": ["a", "b", "c"]}') == ["a", "b"]
+    assert columns.read_captions(Column("json", ("c",), 2), b'{"c": "abc"}') == ["abc"]
     assert columns.read_captions(TEXT, b"x" * 20_000) == ["x" * 20_000]
 
 
