@@ -31,7 +31,6 @@ from clip_train.data.batch import Batch
 from clip_train.data.cache import Cache, make_cache
 from clip_train.data.loader import Loader
 from clip_train.data.order import Order
-from clip_train.data.rand_augment import RandAugment
 from clip_train.data.stages import Stage
 from clip_train.data.stream import Stream, open_source
 from clip_train.data.transforms import Augment, Preprocess
@@ -381,6 +380,8 @@ def build_augment(recipe: Recipe, source: Source | None = None) -> Augment:
     arguments = (own or recipe.data.augment).model_dump()
     arguments |= arguments.pop("color")
     if (chosen := arguments.pop("rand_augment")) is not None:
+        from clip_train.data.rand_augment import RandAugment  # torchvision: seconds, and most runs do without
+
         arguments["rand_augment"] = RandAugment(**chosen)
     return Augment(
         size=recipe.vision.image_size,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from clip_train.data.decode import SHRINKS, Pixels, decode, shrinkable_size, to_rgb
-from clip_train.data.rand_augment import RandAugment
+
+if TYPE_CHECKING:
+    from clip_train.data.rand_augment import RandAugment
 
 Interpolation = Literal["bicubic", "bilinear"]
 Resize = Literal["shortest", "longest", "squash"]
