@@ -16,8 +16,8 @@ help:
 quickstart: $(VENV)/.installed
 	$(BIN)/clip-train quickstart --run-dir $(RUN)
 
-# Tests that start processes of their own, kill them and watch the clock come alone, then the others two files at once.
-ALONE := tests/ablation tests/bench tests/distributed tests/launch tests/training tests/data/test_waiting.py
+# Tests that keep both cores busy with processes of their own come alone, then the others two files at once.
+ALONE := tests/distributed tests/launch tests/training/test_elastic.py tests/ablation/test_run.py tests/data/test_waiting.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ALONE)

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from clip_train.build import build_model, build_stages, build_tokenizer
 from clip_train.config.schema import InfoNCE, MaskedLM, Recipe, ResNet, Sigmoid, VisionTransformer
 from clip_train.data.stages import Stage
+from clip_train.from_recipe.data import build_stages
+from clip_train.from_recipe.model import build_model, build_tokenizer
 from clip_train.models.attention import SelfAttention
 from clip_train.models.base import Tower
 from clip_train.models.flops import forward_flops, parameter_count, text_flops

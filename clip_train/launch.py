@@ -16,13 +16,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clip_train.build import build_cache, build_objective, build_preprocess
 from clip_train.config.load import set_values
 from clip_train.config.schema import Language, Recipe
 from clip_train.errors import CheckpointError, ConfigError
 from clip_train.evaluation.embed import embed
 from clip_train.evaluation.language import evaluate_language
 from clip_train.evaluation.run import evaluate
+from clip_train.from_recipe.data import build_cache, build_preprocess
+from clip_train.from_recipe.model import build_objective
 from clip_train.loading import LoadedLanguageModel, LoadedModel, load_checkpoint, load_language_model, read_recipe
 from clip_train.models.base import Model
 from clip_train.models.language import LanguageModel

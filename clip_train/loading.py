@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_train.build import build_model, build_preprocess
 from clip_train.config.load import parse_toml
 from clip_train.config.schema import Recipe
 from clip_train.data.transforms import Preprocess
 from clip_train.errors import CheckpointError
+from clip_train.from_recipe.data import build_preprocess
+from clip_train.from_recipe.model import build_model
 from clip_train.models.base import Model, Tower
 from clip_train.models.language import LanguageModel
 from clip_train.models.two_tower import TwoTower

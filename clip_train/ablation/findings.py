@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clip_train.ablation.grid import Comparison
+from clip_train.ablation.grid_file import Comparison
 from clip_train.ablation.results import Results
 from clip_train.evaluation.comparison import interval
 from clip_train.evaluation.statistics import Interval, holm
@@ -101,6 +101,11 @@ def label(headline: str) -> str:
     if kind == "retrieval":
         return f"{NAMES.get(rest[1], rest[1])} {rest[2].upper()}, {rest[0].replace('_', ' ')}"
     return f"{' '.join(rest).replace('_', ' ')} ({kind.replace('exp', 'exp. ')})"
+
+
+def short(headline: str) -> str:
+    """A figure in few words, for charts."""
+    return label(headline).replace(", openclipart", "").replace(" unseen style", "")
 
 
 def sides(comparison: Comparison) -> str:

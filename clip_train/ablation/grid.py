@@ -1,129 +1,21 @@
-"""`GRID.toml`: what is varied, how often and on what budget, and its expansion into cells, one recipe each.
-
-    name = "text-tower"
-    recipe = "base.toml"                        # what all cells share; beside the grid, or the name of a shipped one
-    seeds = [0, 1, 2]
-    generator = "small"                         # size of the picture generator of experiment 3, trained once
-    probes = ["text"]                           # suites of `clip-train probe` that every cell goes through
-    headline = ["zeroshot/unseen_style/top1", "exp1"]     # figures that are tested; "exp1" is the mean of exp1/…
-    exclude = [{ mask = "causal", pool = "cls" }]
-
-    [vocabulary]                                # learned once, before the first cell; without it the recipe's holds
-    captions = "embedded:pictograms/train-*.tar"
-    size = 8192
-
-    [axes.mask]                                 # every axis: named levels, each a list of overrides
-    causal = ["text.attention=causal"]
-    bidirectional = ["text.attention=bidirectional"]
-
-    [arms.mlm]                                  # beside the product
-    levels = { mask = "bidirectional" }         # overrides of axes that it shares
-    set = ["loss.kind=mlm", "image=none", "model=none", "evaluation.tasks=none"]
-
-    [arms.mlm-init]
-    after = "mlm"                               # runs behind the arm `mlm` of its seed, whose folder is {previous}
-    set = ["training.init_text={previous}"]
-
-    [comparisons.mask]                          # differences that are tested: cells first - cells second
-    question = "Does a token gain from what follows it?"
-    first = ["bidirectional-eot"]
-    second = ["causal-eot"]
-    expect = { exp1 = "first" }                 # what is known from elsewhere, to be reproduced or refuted
-
-    [budgets.small]
-    set = ["training.steps=60"]                 # over the axes, below what an arm sets
-    seeds = [0]
-    cells = ["causal-*", "mlm"]                 # of all cells; what they come after is added
-
-A cell of the product is called by its levels, `causal-eot`; an arm by its own name.
-"""
+"""A grid expanded into cells, one recipe each: the product of its axes, and its arms, for every seed."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel
 
+from clip_train.ablation.grid_file import PREVIOUS, Budget, Comparison, GridFile, nearest, read_grid_file
 from clip_train.config import Recipe, load_recipe
-from clip_train.config.section import Section
 from clip_train.errors import ConfigError
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-PREVIOUS = "{previous}"
-
-
-class Vocabulary(Section):
-    """Learned from captions before the first cell, the same for all."""
-
-    captions: str | list[str]
-    """Shards or caption files."""
-    size: PositiveInt
-    """Ids in all."""
-
-
-class Arm(Section):
-    """A cell outside the product of the axes."""
-
-    levels: dict[str, str] = {}
-    """Levels of axes whose overrides it takes."""
-    set: list[str] = []
-    """Overrides of its own, over everything else."""
-    after: str | None = None
-    """The cell that runs before it; `{previous}` in `set` is the folder of its run of the same seed."""
-
-
-class Comparison(Section):
-    """A difference that is tested: the mean over the cells `first` less that over `second`, in pairs."""
-
-    question: str
-    first: Annotated[list[str], Field(min_length=1)]
-    second: Annotated[list[str], Field(min_length=1)]
-    expect: dict[str, Literal["first", "second"]] = {}
-    """For headline figures: which side is ahead as far as is known."""
-
-
-class Budget(Section):
-    """How much of the grid is run, and how long."""
-
-    set: list[str] = []
-    """Overrides for every cell, below an arm's own."""
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
-    generator: Literal["full", "small"] | None = None
-    """In place of the grid's."""
-    cells: Annotated[list[str], Field(min_length=1)] | None = None
-    """Names or patterns (`causal-*`); all where it is not given."""
-
-
-class GridFile(Section):
-    """A grid as it is written."""
-
-    name: Name
-    description: str = ""
-    recipe: str
-    """A file beside the grid, or the name of a shipped recipe."""
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    probes: list[Literal["text"]] = []
-    """Suites of `clip-train probe` for every cell."""
-    generator: Literal["full", "small"] | None = None
-    """Size of the picture generator for experiment 3, trained once before the first cell; none leaves it out."""
-    headline: list[str] = []
-    """Figures that are tested, best few: names as in the table, or `exp1` for the mean over all `exp1/…`."""
-    vocabulary: Vocabulary | None = None
-    axes: dict[Name, dict[Name, list[str]]] = {}
-    exclude: list[dict[str, str]] = []
-    """Combinations of levels that are left out."""
-    arms: dict[Name, Arm] = {}
-    comparisons: dict[Name, Comparison] = {}
-    budgets: dict[Name, Budget] = {}
 
 
 @dataclass(frozen=True)
@@ -185,20 +77,10 @@ class Grid:
 def load_grid(path: Path, out: Path, budget: str | None = None) -> Grid:
     """Read a grid file and expand it on a budget.
 
-    Raises ConfigError for broken TOML, unknown keys, axes, levels, cells or budgets (the nearest ones are named), a
-    chain that goes in a circle, and every recipe that cannot be.
+    Raises ConfigError as `read_grid_file` does; for unknown axes, levels, cells or budgets (the nearest ones are
+    named), a chain that goes in a circle, and every recipe that cannot be.
     """
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no grid {path}: give a TOML file, as configs/ablations/text-tower.toml") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
-        file = GridFile.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
-    return expand(file, path, out, budget)
+    return expand(read_grid_file(path), path, out, budget)
 
 
 def expand(file: GridFile, path: Path, out: Path, budget: str | None = None) -> Grid:
@@ -206,7 +88,7 @@ def expand(file: GridFile, path: Path, out: Path, budget: str | None = None) -> 
     where = str(path)
     out = out.resolve()
     if budget is not None and budget not in file.budgets:
-        raise ConfigError(f"{where}: no budget {budget!r}.{_nearest(budget, file.budgets, 'Budgets')}")
+        raise ConfigError(f"{where}: no budget {budget!r}.{nearest(budget, file.budgets, 'Budgets')}")
     if file.generator is not None and not file.probes:
         raise ConfigError(f"{where}: generator = {file.generator!r} is for probes = ['text'], and there are no probes")
     chosen = file.budgets[budget] if budget is not None else Budget()
@@ -256,9 +138,9 @@ def _plans(file: GridFile, where: str) -> dict[str, _Plan]:
     for levels in [*file.exclude, *(arm.levels for arm in file.arms.values())]:
         for axis, level in levels.items():
             if axis not in file.axes:
-                raise ConfigError(f"{where}: unknown axis {axis!r}.{_nearest(axis, file.axes, 'Axes')}")
+                raise ConfigError(f"{where}: unknown axis {axis!r}.{nearest(axis, file.axes, 'Axes')}")
             if level not in file.axes[axis]:
-                raise ConfigError(f"{where}: axis {axis!r} has no level {level!r}.{_nearest(level, file.axes[axis])}")
+                raise ConfigError(f"{where}: axis {axis!r} has no level {level!r}.{nearest(level, file.axes[axis])}")
     plans: dict[str, _Plan] = {}
     for combination in product(*file.axes.values()) if file.axes else []:
         levels = dict(zip(file.axes, combination, strict=True))
@@ -274,7 +156,7 @@ def _plans(file: GridFile, where: str) -> dict[str, _Plan]:
         raise ConfigError(f"{where}: has no cell: give [axes.NAME] with levels, or [arms.NAME]")
     for name, plan in plans.items():
         if plan.after is not None and plan.after not in plans:
-            raise ConfigError(f"{where}: arms.{name}.after: no cell {plan.after!r}.{_nearest(plan.after, plans)}")
+            raise ConfigError(f"{where}: arms.{name}.after: no cell {plan.after!r}.{nearest(plan.after, plans)}")
     return plans
 
 
@@ -285,7 +167,7 @@ def _overrides(file: GridFile, levels: dict[str, str]) -> list[str]:
 def _chosen(patterns: Sequence[str], plans: dict[str, _Plan], where: str) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in plans):
-            raise ConfigError(f"{where}: no cell {pattern!r}.{_nearest(pattern, plans)}")
+            raise ConfigError(f"{where}: no cell {pattern!r}.{nearest(pattern, plans)}")
     return [name for name in plans if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -309,7 +191,7 @@ def _in_order(names: Sequence[str], plans: dict[str, _Plan], where: str) -> list
 def _check_comparison(comparison: Comparison, plans: dict[str, _Plan], where: str) -> None:
     for name in [*comparison.first, *comparison.second]:
         if name not in plans:
-            raise ConfigError(f"{where}: comparisons: no cell {name!r}.{_nearest(name, plans)}")
+            raise ConfigError(f"{where}: comparisons: no cell {name!r}.{nearest(name, plans)}")
     if len(comparison.first) != len(comparison.second):
         raise ConfigError(
             f"{where}: the comparison {comparison.question!r} pairs {len(comparison.first)} cells with "
@@ -339,24 +221,3 @@ def _said(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [_said(one) for one in cast("Sequence[object]", value)]
     return value
-
-
-def _nearest(name: str, valid: Iterable[str], what: str = "") -> str:
-    names = list(valid)
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if found:
-        return f" Did you mean {' or '.join(found)}?"
-    return f" {what or 'There are'}: {', '.join(names) or 'none'}."
-
-
-def _explain(problem: object) -> str:
-    assert isinstance(problem, dict)
-    loc = [str(part) for part in problem["loc"]]
-    key = ".".join(loc)
-    if problem["type"] != "extra_forbidden":
-        return f"missing key {key!r}" if problem["type"] == "missing" else f"{key!r}: {problem['msg']}"
-    tables: dict[str, type[BaseModel]] = {
-        "arms": Arm, "budgets": Budget, "comparisons": Comparison, "vocabulary": Vocabulary,
-    }  # fmt: skip
-    fields = (tables[loc[0]] if len(loc) > 1 and loc[0] in tables else GridFile).model_fields
-    return f"unknown key {key!r}.{_nearest(loc[-1], fields, 'Keys')}"

@@ -16,14 +16,15 @@ from rich.console import Console
 from clip_train.ablation import cells as folders
 from clip_train.ablation import plan
 from clip_train.ablation.cells import Lock
-from clip_train.ablation.grid import Cell, Grid, Vocabulary, load_grid
+from clip_train.ablation.grid import Cell, Grid, load_grid
+from clip_train.ablation.grid_file import Vocabulary
 from clip_train.ablation.report import write_report
 from clip_train.ablation.run import CLIP_TRAIN, run_cells
 from clip_train.ablation.table import write_table
-from clip_train.build import build_model, build_tokenizer
 from clip_train.config.load import set_values
 from clip_train.data.shards import resolve
 from clip_train.errors import ConfigError, UserError
+from clip_train.from_recipe.model import build_model, build_tokenizer
 from tokenizer.commands import train_from_files
 
 

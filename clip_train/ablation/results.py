@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_train.ablation.grid import Cell, Comparison, Grid
+from clip_train.ablation.grid import Cell, Grid
+from clip_train.ablation.grid_file import Comparison
 from clip_train.ablation.table import Row, read_rows
 from clip_train.evaluation.comparison import Difference, mean_difference, paired_difference, scaled
 from clip_train.evaluation.statistics import Floats, Kind
@@ -86,6 +87,35 @@ class Results:
     def row(self, metric: str) -> Row:
         """Some row of a figure, for what is the same in all of them."""
         return next(row for row in self.rows if row.metric == metric)
+
+    def mean(self, cell: str, metric: str) -> float:
+        """Over seeds; NaN where it was not measured."""
+        values = self._over_seeds(cell, metric)
+        return float(np.mean(values)) if values else float("nan")
+
+    def with_spread(self, cell: str, metric: str) -> str:
+        """`12.3 ± 0.4`: mean and standard deviation over seeds."""
+        values = self._over_seeds(cell, metric)
+        spread = f" ± {self.written(metric, float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+        return self.written(metric, self.mean(cell, metric)) + spread
+
+    def _over_seeds(self, cell: str, metric: str) -> list[float]:
+        return [rows[metric].value for (one, _), rows in self.by_cell.items() if one == cell and metric in rows]
+
+    def written(self, metric: str, value: float) -> str:
+        """A value of this figure as reports write it."""
+        if np.isnan(value):
+            return "–"
+        return f"{100 * value:.1f}" if self.is_percent(metric) else f"{value:.3f}"
+
+    def is_percent(self, headline: str) -> bool:
+        """Whether a figure is shown as a share of a hundred."""
+        tasks = self.tasks(headline)
+        return tasks != [headline] or self.row(headline).measure in UNIT_SCALE
+
+    def chance(self, headline: str) -> float | None:
+        """What guessing gives; of an experiment, whose figure counts from there, 0."""
+        return 0.0 if self.tasks(headline) != [headline] else self.row(headline).chance
 
     def difference(self, comparison: Comparison, headline: str) -> Difference | None:
         """First cells less second ones, more being better; None where cells or items are missing."""

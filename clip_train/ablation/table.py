@@ -14,7 +14,7 @@ import torch
 
 from clip_train.ablation import cells as folders
 from clip_train.ablation.grid import Cell, Grid
-from clip_train.build import build_model, build_tokenizer
+from clip_train.from_recipe.model import build_model, build_tokenizer
 
 
 @dataclass(frozen=True)

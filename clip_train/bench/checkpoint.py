@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_train.bench.measure import conclude, machine
-from clip_train.build import build_objective, build_optimizer, build_tokenizer, build_two_tower
 from clip_train.config import dump_recipe, load_recipe
 from clip_train.config.schema import Recipe
+from clip_train.from_recipe.model import build_objective, build_tokenizer, build_two_tower
+from clip_train.from_recipe.update import build_optimizer
 from clip_train.models.two_tower import TwoTower
 from clip_train.objectives.base import Inputs
 from clip_train.runtime.process import Process, launched

@@ -27,7 +27,6 @@ from clip_train.bench.measure import conclude, machine
 from clip_train.bench.sides import OpenClipSide, OurSide, in_arithmetic_of_this_machine, peer_inputs, with_adamw
 from clip_train.bench.step import begin, check_equal_losses
 from clip_train.bench.worker import Worker, finish
-from clip_train.build import build_preprocess, build_stream, learning_rate
 from clip_train.config import load_recipe
 from clip_train.config.load import set_values
 from clip_train.config.schema import AdamW, Recipe, ZeroShot
@@ -35,6 +34,8 @@ from clip_train.data.transforms import Preprocess
 from clip_train.errors import UserError
 from clip_train.evaluation.plots import LIGHT, png
 from clip_train.evaluation.run import evaluate
+from clip_train.from_recipe.data import build_preprocess, build_stream
+from clip_train.from_recipe.update import learning_rate
 from clip_train.runtime.process import launched
 from tokenizer import BPETokenizer
 

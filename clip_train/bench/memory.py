@@ -14,9 +14,10 @@ import multiprocessing
 import re
 from pathlib import Path
 
-from clip_train.build import build_loader, build_stream, build_tokenizer
 from clip_train.config import load_recipe
 from clip_train.errors import ConfigError
+from clip_train.from_recipe.data import build_loader, build_stream
+from clip_train.from_recipe.model import build_tokenizer
 
 
 def main(args: argparse.Namespace) -> int:

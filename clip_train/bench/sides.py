@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_train.build import build_contrastive, build_optimizer, build_parallel
 from clip_train.config.load import set_values
 from clip_train.config.schema import AdamW, InfoNCE, Recipe, Sigmoid, VisionTransformer
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
 from clip_train.export.open_clip import model_config
 from clip_train.export.open_clip_keys import to_open_clip
+from clip_train.from_recipe.model import build_contrastive
+from clip_train.from_recipe.update import build_optimizer, build_parallel
 from clip_train.models.two_tower import TwoTower
 from clip_train.objectives.base import Features, Inputs
 from clip_train.runtime.process import Process, arithmetic

@@ -27,13 +27,14 @@ from clip_train.bench.sides import (
     with_adamw,
 )
 from clip_train.bench.worker import Worker, finish, interleave_workers, peak_memory, resident_bytes
-from clip_train.build import build_stream, build_tokenizer, build_two_tower
 from clip_train.config import load_recipe
 from clip_train.config.load import set_values
 from clip_train.config.schema import Recipe
 from clip_train.data.batch import Batch
 from clip_train.errors import UserError
 from clip_train.evaluation.plots import LIGHT, png
+from clip_train.from_recipe.data import build_stream
+from clip_train.from_recipe.model import build_tokenizer, build_two_tower
 from clip_train.models.flops import forward_flops
 from clip_train.models.two_tower import TwoTower
 from clip_train.runtime.process import launched

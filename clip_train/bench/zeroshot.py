@@ -19,11 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 from clip_train.bench.measure import conclude, interleave, machine, median_ratio
-from clip_train.build import build_preprocess, build_tokenizer, build_two_tower
 from clip_train.config import load_recipe
 from clip_train.errors import UserError
 from clip_train.evaluation.zeroshot import class_embeddings
 from clip_train.export.run import export
+from clip_train.from_recipe.data import build_preprocess
+from clip_train.from_recipe.model import build_tokenizer, build_two_tower
 from clip_train.loading import LoadedModel
 from tokenizer import BPETokenizer
 

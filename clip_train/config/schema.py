@@ -2,8 +2,8 @@
 
 Models are frozen and forbid unknown keys. Where there is a choice of kinds, the field is a union tagged by
 `kind`, so that each kind has only the keys that act on it. Nothing below `config` imports this file: modules
-take plain keyword arguments, and `clip_train.build` turns one into the other. The parts are in `data.py`, `towers.py`,
-`training.py` and `evaluation.py`; all are imported from here.
+take plain keyword arguments, and `clip_train.from_recipe` turns one into the other. The parts are in `data.py`,
+`towers.py`, `training.py` and `evaluation.py`; all are imported from here.
 """
 
 from __future__ import annotations

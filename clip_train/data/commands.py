@@ -174,9 +174,11 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_order(args: argparse.Namespace) -> int:
     # Above this package, and slow (torch): a command may reach up, the modules here may not.
-    from clip_train.build import build_stream, build_tokenizer, total_steps
     from clip_train.config import load_recipe
     from clip_train.data.inspect_order import listing, parse_steps
+    from clip_train.from_recipe.data import build_stream
+    from clip_train.from_recipe.model import build_tokenizer
+    from clip_train.from_recipe.update import total_steps
     from clip_train.training.changes import origin_after
     from clip_train.training.checkpoint import read_checkpoint
 

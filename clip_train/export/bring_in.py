@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from clip_train import __version__
-from clip_train.build import build_two_tower
 from clip_train.config.load import dump_recipe, load_recipe, parse_recipe
 from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError
 from clip_train.export.foreign import Foreign, read_foreign
+from clip_train.from_recipe.model import build_two_tower
 from clip_train.models.two_tower import TwoTower
 from clip_train.training.checkpoint import Companions, State, load_tensors, save_checkpoint
 

@@ -12,21 +12,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from clip_train.build import (
-    build_average,
-    build_model,
-    build_objective,
-    build_optimizer,
-    build_parallel,
-    build_stream,
-    build_tokenizer,
-    total_steps,
-)
 from clip_train.config.load import dump_recipe
 from clip_train.config.schema import Recipe, Training
 from clip_train.data.bad_samples import BadSampleLog
 from clip_train.data.stream import Stream
 from clip_train.errors import ConfigError, DataError, UserError
+from clip_train.from_recipe.data import build_stream
+from clip_train.from_recipe.model import build_model, build_objective, build_tokenizer
+from clip_train.from_recipe.update import build_average, build_optimizer, build_parallel, total_steps
 from clip_train.models.base import Model
 from clip_train.objectives.base import Inputs, PerSample
 from clip_train.runtime import collectives

@@ -16,14 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from clip_train import heartbeat
-from clip_train.build import (
-    build_loader,
-    learning_rate,
-)
 from clip_train.config.schema import Recipe
 from clip_train.data.batch import Batch
 from clip_train.data.transforms import normalize
 from clip_train.errors import DataError
+from clip_train.from_recipe.data import build_loader
+from clip_train.from_recipe.update import learning_rate
 from clip_train.models.base import Model
 from clip_train.models.flops import image_flops, text_flops
 from clip_train.objectives.base import Inputs, PerSample

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from clip_train.build import total_steps
 from clip_train.cli import main
 from clip_train.config import load_recipe
 from clip_train.data.order import Order
 from clip_train.errors import ConfigError
+from clip_train.from_recipe.update import total_steps
 
 Write = Callable[[dict[str, Any]], Path]
 

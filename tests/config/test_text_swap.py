@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_train.build import build_model, build_text_tower
 from clip_train.config.load import load_recipe, parse_recipe
 from clip_train.errors import ConfigError
+from clip_train.from_recipe.model import build_model, build_text_tower
 from tokenizer import BPETokenizer
 
 RECIPES = sorted(Path("configs").glob("*.toml"))

@@ -59,8 +59,9 @@ def test_an_epoch_is_every_sample_once_and_where_it_says(
 def test_ranks_and_workers_share_the_same_batch(
     recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from clip_train.build import build_stream, build_tokenizer
     from clip_train.config import load_recipe
+    from clip_train.from_recipe.data import build_stream
+    from clip_train.from_recipe.model import build_tokenizer
 
     recipe = str(write_recipe(recipe_tree))
     alone = listed(capsys, recipe, "--steps", "1:4")

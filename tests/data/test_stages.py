@@ -9,11 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from clip_train.build import build_stream, build_tokenizer
 from clip_train.config.load import parse_recipe
 from clip_train.config.schema import Recipe
 from clip_train.data.stages import Shortened, Stage, stage_at
 from clip_train.errors import ConfigError
+from clip_train.from_recipe.data import build_stream
+from clip_train.from_recipe.model import build_tokenizer
 
 
 class Letters:

@@ -13,7 +13,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from clip_train.build import share_of_work
+from clip_train.from_recipe.update import share_of_work
 
 from clip_train.runtime.process import launched
 from clip_train.training.muon import MuonAdamW

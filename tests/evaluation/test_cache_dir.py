@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from clip_train.build import build_cache
 from clip_train.config import dump_recipe, load_recipe
 from clip_train.data.cache import Cache
 from clip_train.data.collections import shards as collection
@@ -16,6 +15,7 @@ from clip_train.data.shards import ShardIndex
 from clip_train.data.shards import index as list_shard
 from clip_train.evaluation.run import open_data
 from clip_train.evaluation.run_folder import read_run
+from clip_train.from_recipe.data import build_cache
 
 
 def test_the_report_uses_the_runs_cache(

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_train.build import build_preprocess, build_two_tower
 from clip_train.config.load import parse_toml
 from clip_train.errors import ExportError
 from clip_train.export.open_clip import load_open_clip
@@ -19,6 +18,8 @@ from clip_train.export.open_clip_keys import from_open_clip, to_open_clip
 from clip_train.export.parity import PROBES, compare
 from clip_train.export.run import export
 from clip_train.export.transformers_keys import from_transformers, to_transformers
+from clip_train.from_recipe.data import build_preprocess
+from clip_train.from_recipe.model import build_two_tower
 from clip_train.loading import LoadedModel
 from tokenizer import BPETokenizer
 from tokenizer.training import train_bpe

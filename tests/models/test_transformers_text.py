@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_train.build import build_text_tower, build_tokenizer
 from clip_train.config.load import parse_recipe
 from clip_train.errors import ConfigError
+from clip_train.from_recipe.model import build_text_tower, build_tokenizer
 from clip_train.models.adapters import TransformersText
 from clip_train.models.flops import text_flops
 from clip_train.models.pooling import POOLS

@@ -8,11 +8,11 @@ import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from clip_train.build import build_contrastive, build_tokenizer, build_two_tower
 from clip_train.config import schema as config
 from clip_train.config.load import parse_recipe
 from clip_train.errors import ConfigError
 from clip_train.export.open_clip_keys import from_open_clip, to_open_clip
+from clip_train.from_recipe.model import build_contrastive, build_tokenizer, build_two_tower
 from clip_train.objectives.base import Features
 from clip_train.objectives.contrastive import InfoNCE
 from clip_train.objectives.sigmoid import Sigmoid

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_train.build import build_language_model, build_objective, build_tokenizer
 from clip_train.config.load import parse_recipe
 from clip_train.errors import ConfigError
+from clip_train.from_recipe.model import build_language_model, build_objective, build_tokenizer
 from clip_train.models.language import BertHead, LanguageModel, TiedHead
 from clip_train.models.text import TextTransformer
 from clip_train.objectives.base import Inputs

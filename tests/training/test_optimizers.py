@@ -12,9 +12,10 @@ from timm.optim.lamb import Lamb
 from timm.optim.lion import Lion
 from torch import Tensor, nn
 
-from clip_train.build import build_optimizer, build_tokenizer, build_two_tower
 from clip_train.config import load_recipe
 from clip_train.errors import ConfigError
+from clip_train.from_recipe.model import build_tokenizer, build_two_tower
+from clip_train.from_recipe.update import build_optimizer
 from clip_train.models.resnet import ModifiedResNet
 from clip_train.training import optimizer as optimizers
 from clip_train.training.layer_decay import layers_of

@@ -1,0 +1,124 @@
+"""What a grid's report says beside its charts: headline counts, tables as lists of lines, and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from clip_train.ablation import cells as folders
+from clip_train.ablation import findings
+from clip_train.ablation.findings import Finding
+from clip_train.ablation.plan import duration
+from clip_train.ablation.results import Results
+
+OPEN = "Differences × 100 that are not told from zero; those within the interval are not excluded."
+
+
+def title(results: Results, found: Sequence[Finding]) -> str:
+    """In a sentence: how many differences were found, and what became of the known directions."""
+    sure = sum(one.sure for one in found)
+    expected = [one.verdict for one in found if one.verdict]
+    tail = ""
+    if expected:
+        counts = ", ".join(
+            f"{expected.count(word)} {word}" for word in ("reproduced", "refuted", "undecided") if word in expected
+        )
+        tail = f"; of {len(expected)} known directions {counts}"
+    return f"{sure} of {len(found)} differences are told from zero{tail}"
+
+
+def stats(results: Results, found: Sequence[Finding]) -> list[tuple[str, str]]:
+    """Figures for the head of the page, each with what it counts."""
+    runs = [cell for cell in results.grid.runs if folders.is_finished(results.grid, cell)]
+    seconds = sum(folders.seconds_of(results.grid, cell) or 0.0 for cell in runs)
+    samples = sum(cell.steps * cell.recipe.data.batch_size for cell in runs)
+    return [
+        (f"{len(results.cells)}", "arms"),
+        (f"{len(results.seeds)}", f"seed{'s' * (len(results.seeds) > 1)}"),
+        (f"{len(runs)}", f"runs of {duration(seconds / max(1, len(runs)))} on average"),
+        (f"{samples / 1e6:.2f} M", "samples seen in all"),
+        (f"{len(found)}", "tests in one family"),
+    ]
+
+
+def tests(found: Sequence[Finding]) -> list[list[str]]:
+    """Every comparison, a line each."""
+    lines = [["question", "first − second", "figure", "difference × 100 [95 %]", "p", "Holm p", "known direction"]]
+    return lines + [
+        [
+            one.comparison.question, findings.sides(one.comparison), findings.label(one.headline),
+            findings.difference(one.interval), findings.p_value(one.interval.p).removeprefix("= "),
+            findings.p_value(one.p_holm).removeprefix("= "), one.verdict,
+        ]
+        for one in found
+    ]  # fmt: skip
+
+
+def all_figures(results: Results) -> list[list[str]]:
+    """Every figure of every arm, mean ± standard deviation over seeds."""
+    names = _all_tasks(results)
+    lines = [["figure", "measure", "chance", "items", *results.cells]]
+    for name in names:
+        row = results.row(name)
+        chance = "" if row.chance is None else results.written(name, row.chance)
+        cells = [results.with_spread(cell, name) for cell in results.cells]
+        lines.append([findings.label(name), row.measure, chance, "" if row.n is None else f"{row.n:,}", *cells])
+    return lines
+
+
+def runs(results: Results) -> list[list[str]]:
+    """What every arm took."""
+    lines = [["arm", "steps", "samples", "parameters", "seconds, mean", "recipe"]]
+    for name in results.cells:
+        rows = [row for row in results.rows if row.cell == name]
+        cell = next(cell for cell in results.grid.cells if cell.name == name)
+        seconds = np.mean(list({row.seed: row.seconds for row in rows}.values()))
+        lines.append(
+            [
+                name, f"{cell.steps:,}", f"{cell.steps * cell.recipe.data.batch_size:,}", f"{rows[0].parameters:,}",
+                f"{seconds:,.0f}", rows[0].recipe_hash,
+            ]
+        )  # fmt: skip
+    return lines
+
+
+def limits(results: Results) -> list[str]:
+    """What the grid cannot claim, as sentences."""
+    grid = results.grid
+    trained = [cell for cell in grid.cells if cell.steps and cell.name in results.cells]
+    seen = max((cell.steps * cell.recipe.data.batch_size for cell in trained), default=0)
+    sizes = [row.parameters for row in results.rows]
+    seeds = len(results.seeds)
+    lines = [
+        f"It speaks of models of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} M parameters that saw at most "
+        f"{seen:,} samples each. A difference at this size need not hold, and one that is missing may appear, where "
+        "data and models are a thousand times larger.",
+        "All arms have the same learning rate, schedule and batch, chosen once for all and tuned for none: an arm that "
+        "would like others is at a disadvantage.",
+        "Probes are linear, on frozen features, with the pool chosen on development items: they say what can be read "
+        "out so, not what the tower could learn by fine-tuning.",
+    ]
+    if seeds == 1:
+        lines.append(
+            "There is one seed: intervals are over items alone, so a difference that is told from zero is one between "
+            "these two runs, not between the two arms."
+        )
+    else:
+        lines.append(
+            f"{seeds} seeds: where they disagree, intervals are wide and small differences cannot be shown. What is "
+            "not told from zero is not shown to be zero."
+        )
+    missing = [cell.id for cell in grid.runs if not folders.is_finished(grid, cell)]
+    if missing:
+        lines.append(f"{len(missing)} runs are not finished and left out: {', '.join(missing)}.")
+    unmeasured = [name for name in grid.file.headline if not results.tasks(name)]
+    if unmeasured:
+        lines.append(f"Not measured: {', '.join(unmeasured)}.")
+    return lines
+
+
+def _all_tasks(results: Results) -> list[str]:
+    single = list(chain.from_iterable(results.tasks(name) for name in results.headline))
+    return list(dict.fromkeys([*single, *(name for name in results.metrics if name.startswith("exp"))]))
