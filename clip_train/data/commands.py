@@ -14,13 +14,18 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the commands; each sets `run`, a function of the parsed arguments to an exit code."""
     workers = min(16, os.cpu_count() or 1)
 
-    pack = commands.add_parser("pack", help="make shards from a folder, csv, tsv, jsonl or parquet")
+    pack = commands.add_parser("pack", help="make shards from a folder, csv, tsv, jsonl, parquet or lines of text")
     pack.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a folder with captions, .csv, .tsv, .jsonl, .parquet"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a folder with captions, .csv, .tsv, .jsonl, .parquet; .txt, a text a line",
     )
     pack.add_argument("out", type=Path, metavar="OUT", help="a new folder, or one whose pack was interrupted")
     pack.add_argument(
-        "--image", metavar="COL", help="column of the pictures: bytes or paths (default: the usual names)"
+        "--image",
+        metavar="COL",
+        help="column of the pictures: bytes or paths (default: the usual names); none packs texts alone",
     )
     pack.add_argument(
         "--caption", metavar="COL", help="column of the captions: a text or a list (default: usual names)"

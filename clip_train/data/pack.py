@@ -1,4 +1,4 @@
-"""Making shards: any source of pictures with captions -> tars, and what is in them.
+"""Making shards: any source of pictures with captions, or of texts alone -> tars, and what is in them.
 
 Row i goes to shard i // per_shard whatever becomes of the rows before it. So shards do not depend on each other:
 worker processes write them side by side, and a pack that was interrupted goes on with those that are missing.
@@ -48,7 +48,7 @@ def pack(
         samples: mappings with a picture (bytes, path, Pillow image, or `{"bytes", "path"}`) and captions (a text or
             a list of them), or pairs of these. They must come in the same order each time for a pack to be resumed.
         out: a new or empty folder, or one in which the same pack was begun.
-        image, caption: columns; by default the first usual name that is there.
+        image, caption: columns; by default the first usual name that is there. `image="none"` packs texts alone.
         keep: further columns to be kept in the JSON member.
         per_shard: samples in a shard, less those that are skipped.
         name: shards are `NAME-000000.tar`, ….

@@ -46,7 +46,7 @@ class Packed:
         lines = [
             f"[data.sources.{name}]",
             f"shards = {shards}",
-            f'image = "{";".join(extensions)}"',
+            *([f'image = "{";".join(extensions)}"'] if extensions else []),
             'caption = "json.captions"',
         ]
         return "\n".join(lines + ['caption_choice = "random"'] * several)

@@ -1,7 +1,8 @@
 """One shard being written: records -> a tar whose bytes depend on nothing but the records and the options.
 
-Each usable record becomes `KEY.EXT`, the picture, and `KEY.json` with its captions (a list), the name of where it
-came from, and the columns that are kept. A record that cannot be used is left out and named with its cause.
+Each usable record becomes `KEY.EXT`, the picture (unless texts alone are packed), and `KEY.json` with its captions (a
+list), the name of where it came from, and the columns that are kept. A record that cannot be used is left out and named
+with its cause.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": 
 _PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
+NO_PICTURE = "none"
+"""In place of the column of pictures, or of a picture: texts alone are packed."""
+
+
 class SkippedError(Exception):
     """This record cannot be used; the text is the cause."""
 
@@ -44,7 +49,7 @@ class Record:
     name: str
     """What a person would look for: the picture's path, or `row N`."""
     image: Any
-    """Path, bytes, or a Pillow image."""
+    """Path, bytes, or a Pillow image; `NO_PICTURE` in texts alone."""
     caption: Any
     """A text, several, or the Path of a .txt or .json file with them."""
     caption_field: str | None = None
@@ -108,23 +113,25 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
     aside = path.parent / ".pack" / f"{path.name}.{os.getpid()}"
     skipped: list[Skipped] = []
     formats: Counter[str] = Counter()
-    captions = 0
+    samples, captions = 0, 0
     try:
         with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
             for record in records:
                 try:
                     texts = read_captions(record)
-                    extension, data = encode_picture(record.image, options)
+                    picture = None if record.image == NO_PICTURE else encode_picture(record.image, options)
                 except (SkippedError, DecodeError) as error:
                     skipped.append(Skipped(record.row, record.name, str(error)))
                     continue
                 content = {"captions": texts, "name": record.name, **record.kept}
-                add_member(tar, f"{record.row:09d}.{extension}", data)
+                if picture is not None:
+                    add_member(tar, f"{record.row:09d}.{picture[0]}", picture[1])
+                    formats[picture[0]] += 1
                 text = json.dumps(content, ensure_ascii=False, default=str)
                 add_member(tar, f"{record.row:09d}.json", text.encode("utf-8", "backslashreplace"))
-                formats[extension] += 1
+                samples += 1
                 captions += len(texts)
-        if formats:
+        if samples:
             replace(aside, path)
         else:
             aside.unlink()
@@ -132,8 +139,8 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    size = path.stat().st_size if formats else 0
-    return ShardRecord(path.name, formats.total(), captions, size, inputs, dict(sorted(formats.items())), skipped)
+    size = path.stat().st_size if samples else 0
+    return ShardRecord(path.name, samples, captions, size, inputs, dict(sorted(formats.items())), skipped)
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What can be packed: a folder with captions, a table (csv, tsv, jsonl, parquet), or any sequence of rows.
+"""What can be packed: a folder with captions, a table (csv, tsv, jsonl, parquet), lines of text, or any rows.
 
 All of them become rows: mappings from columns to values. No picture is opened here.
 """
@@ -13,8 +13,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
-from clip_train.data.pack_shard import CAPTION_FIELDS, Record, lookup
-from clip_train.data.pack_tables import Row, Source, lines, parquet, read_csv, read_jsonl
+from clip_train.data.pack_shard import CAPTION_FIELDS, NO_PICTURE, Record, lookup
+from clip_train.data.pack_tables import Row, Source, lines, parquet, read_csv, read_jsonl, read_texts
 from clip_train.errors import DataError
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes", "bytes", "image_path", "img_path",
@@ -28,6 +28,7 @@ class Fields:
     """Which columns are used."""
 
     image: str
+    """`NO_PICTURE` where texts alone are packed."""
     caption: str | None
     """None: of the caption files of a folder, the usual names."""
     keep: tuple[str, ...]
@@ -52,7 +53,11 @@ def open_source(path: Path, *, image_root: Path | None = None, encoding: str = "
         return lines(path, root, lambda: read_jsonl(path, encoding))
     if kind == ".parquet":
         return parquet([path], root)
-    raise DataError(f"{path}: a folder, .csv, .tsv, .jsonl (also .gz) or .parquet can be packed, not {path.suffix!r}")
+    if kind == ".txt":
+        return lines(path, root, lambda: read_texts(path, encoding))
+    raise DataError(
+        f"{path}: a folder, .csv, .tsv, .jsonl, .txt (also .gz) or .parquet can be packed, not {path.suffix!r}"
+    )
 
 
 def from_rows(samples: Iterable[Any]) -> Source:
@@ -90,7 +95,8 @@ def choose(source: Source, image: str | None, caption: str | None, keep: Sequenc
             if found is None:
                 raise DataError(
                     f"{source.where}: no column has a usual name for the {option} ({', '.join(usual)}). "
-                    f"There are: {', '.join(source.columns) or 'none'}. Name it with --{option}."
+                    f"There are: {', '.join(source.columns) or 'none'}. Name it with --{option}"
+                    + (f", or pack texts alone with --image {NO_PICTURE}." if option == "image" else ".")
                 )
             return found
         if wanted in source.columns or wanted.partition(".")[0] in source.columns:
@@ -106,8 +112,9 @@ def choose(source: Source, image: str | None, caption: str | None, keep: Sequenc
         if image is not None or keep:
             raise DataError(f"{source.where}: a folder of pictures has no columns: leave --image and --keep out")
         return Fields("image", caption, ())
+    texts_alone = image == NO_PICTURE or (image is None and source.columns == ["text"])
     return Fields(
-        one(image, IMAGE_FIELDS, "image"),
+        NO_PICTURE if texts_alone else one(image, IMAGE_FIELDS, "image"),
         one(caption, CAPTION_FIELDS, "caption"),
         tuple(one(name, (), "keep") for name in keep),
     )
@@ -121,9 +128,13 @@ def records(source: Source, fields: Fields) -> Iterator[Record]:
     """
     caption = fields.caption or "caption"
     of_folder = source.columns == _FOLDER_COLUMNS
-    wanted = [fields.image, "caption" if of_folder else caption, *fields.keep]
+    wanted = ["caption" if of_folder else caption, *fields.keep]
+    if fields.image != NO_PICTURE:
+        wanted.append(fields.image)
     for number, row in enumerate(source.rows([name.partition(".")[0] for name in wanted])):
-        image, name = _image(lookup(row, fields.image), source, number)
+        image, name = NO_PICTURE, f"row {number}"
+        if fields.image != NO_PICTURE:
+            image, name = _image(lookup(row, fields.image), source, number)
         yield Record(
             row=number,
             name=str(row["name"]) if of_folder else name,

@@ -1,4 +1,4 @@
-"""Tables of pictures and captions, read row by row: csv, tsv, jsonl (also gzipped) and parquet."""
+"""Tables of pictures and captions, read row by row: csv, tsv, jsonl (also gzipped), parquet; and lines of text."""
 
 from __future__ import annotations
 
@@ -79,6 +79,15 @@ def read_jsonl(path: Path, encoding: str) -> Iterator[Row]:
         raise
     except (ValueError, OSError, EOFError, RecursionError) as error:
         raise DataError(_unreadable(path, f"near line {number}", error)) from error
+
+
+def read_texts(path: Path, encoding: str) -> Iterator[Row]:
+    """A text a line, empty lines left out."""
+    try:
+        with _open(path, encoding) as file:
+            yield from ({"text": line} for line in file if line.strip())
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(_unreadable(path, "somewhere", error)) from error
 
 
 def _unreadable(path: Path, where: str, error: Exception) -> str:

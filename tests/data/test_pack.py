@@ -143,6 +143,30 @@ def test_parquet_with_bytes_paths_and_structs(tmp_path: Path) -> None:
         assert json.loads(unpacked(out)[1][1])["license"] == "CC0"
 
 
+def test_texts_alone(tmp_path: Path) -> None:
+    """Lines of a .txt, and a table without pictures, are the same shards; a language recipe trains on them."""
+    texts = [f"text number {n}, a fox" for n in range(9)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts) + "\n")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text, "page": 1}) + "\n" for text in texts))
+    packed = pack(open_source(tmp_path / "texts.txt"), tmp_path / "a", per_shard=4)
+    pack(open_source(tmp_path / "texts.jsonl"), tmp_path / "b", per_shard=4, image="none")
+    assert (packed.samples, packed.captions, packed.formats) == (9, 9, {})
+    assert [name for name, _ in unpacked(tmp_path / "a")] == [f"{n:09d}.json" for n in range(9)]
+    assert captions(tmp_path / "a") == [[text] for text in texts]
+    assert unpacked(tmp_path / "a") == unpacked(tmp_path / "b")
+    assert "image" not in packed.stanza()
+    with pytest.raises(DataError, match=r"or pack texts alone with --image none\."):
+        pack(open_source(tmp_path / "texts.jsonl"), tmp_path / "c")
+    overrides = [
+        f"data.sources={{texts={{shards='{tmp_path}/a/*.tar', caption='json.captions'}}}}", "data.batch_size=4",
+        "training.steps=2", "evaluation.tasks={}", "text.width=16", "text.layers=1", "text.heads=2", "data.workers=0",
+    ]  # fmt: skip
+    command = ["train", "text-mlm", "--run-dir", str(tmp_path / "run")]
+    assert main([*command, *(part for one in overrides for part in ("--set", one))]) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 2
+
+
 def test_datasets_and_torchvision_objects(tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 
