@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--run-dir", type=Path, metavar="DIR", default=Path("runs/quickstart"))
     quickstart.set_defaults(run=run_quickstart)
 
-    evaluate = commands.add_parser("eval", help="zero-shot classification and retrieval")
+    evaluate = commands.add_parser("eval", help="a run's tasks: zero-shot, retrieval, probes, nearest neighbours")
     evaluate.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                           help="change the recipe's evaluation, e.g. evaluation.tasks.NAME.shards=…")  # fmt: skip
@@ -95,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="what text encoders know: probes, same-picture tasks")
     add_probe_arguments(probe)
 
-    export = commands.add_parser("export", help="a checkpoint for open_clip, transformers, timm or ONNX Runtime")
+    export = commands.add_parser(
+        "export", help="a checkpoint for open_clip, transformers, sentence-transformers, timm or ONNX"
+    )
     export.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
     export.add_argument("--to", required=True, choices=EXPORTS)
     export.add_argument("out", type=Path, help="a new folder")
@@ -123,7 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("shards", help="path, braces, glob or embedded:…")
     embed.add_argument("out", type=Path, help="folder; a run that was cut goes on where it is given again")
     embed.add_argument("--image", default="jpg;jpeg;png;webp", help="member that holds the picture")
-    embed.add_argument("--caption", default="txt", help="member or json.FIELD; 'none' embeds pictures alone")
+    embed.add_argument(
+        "--caption", default="txt", help="member, json.FIELD or json.FIELD[:N]; 'none' embeds pictures alone"
+    )
     embed.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="numbers on disk (numpy has no bf16)")
     embed.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
                        help="the towers' arithmetic (default: on a GPU that of training, else fp32)")  # fmt: skip

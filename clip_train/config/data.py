@@ -134,6 +134,7 @@ class Tokenizer(Section):
     """Which vocabulary."""
 
     path: str = "default"
-    """`default` (the shipped 49,152), a vocabulary JSON, or OpenAI's merges (.txt or .gz)."""
+    """`default` (the shipped 49,152), a vocabulary (.json, .json.gz), OpenAI's merges (.txt, .txt.gz), or a directory
+    of transformers with a `tokenizer.json` of CLIP's kind. Of a run: `runs/X/checkpoints/latest/tokenizer.json`."""
     context_length: PositiveInt | None = None
     """Longest caption in tokens, SOT and EOT included; the default is the vocabulary's own (76 or 77)."""

@@ -218,40 +218,16 @@ def _anchor_paths(tree: Tree, folder: Path) -> None:
 
 
 def _tables(tree: Tree, *path: str) -> list[Tree]:
+    """The tables in a table. What is none is passed over: it has no paths, and `parse_recipe` says what is wrong."""
     node: Any = tree
     for part in path:
-        node = cast(Tree, node).get(part, {}) if isinstance(node, dict) else {}
-    return [cast(Tree, table) for table in cast(Tree, node).values() if isinstance(table, dict)]
+        node = cast(Tree, node).get(part) if isinstance(node, dict) else None
+    tables = list(cast(Tree, node).values()) if isinstance(node, dict) else []
+    return [cast(Tree, table) for table in tables if isinstance(table, dict)]
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    # Tags of unions ("vit") stand in the location of a problem, but not in the user's key.
-    tags = {
-        "vit",
-        "resnet",
-        "timm",
-        "transformer",
-        "bert",
-        "t5",
-        "modern",
-        "transformers",
-        "zeroshot",
-        "retrieval",
-        "linear_probe",
-        "knn",
-        "cosine",
-        "constant",
-        "constant_cooldown",
-        "adamw",
-        "muon",
-        "infonce",
-        "sigmoid",
-        "mlm",
-        "clm",
-        "language",
-    }
-    loc = [str(part) for part in problem["loc"]]
-    key = ".".join(part for i, part in enumerate(loc) if not (i in (1, 3) and part in tags and loc[i - 1] != "kind"))
+    key = _key_of([str(part) for part in problem["loc"]])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}.{_suggest(key)}"
     if problem["type"] == "union_tag_not_found":
@@ -259,6 +235,22 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     return f"{key!r}: {problem['msg']} (got {problem['input']!r})" if key else str(problem["msg"])
+
+
+def _key_of(location: Sequence[str]) -> str:
+    """The user's key: pydantic's location of a problem, without the kind that it puts behind the key of a union."""
+    unions = [key.split(".")[:-1] for key in set(_keys(Recipe)) if key.endswith(".kind")]
+    parts: list[str] = []
+    is_kind = False
+    for part in location:
+        is_kind = not is_kind and any(_names(union, parts) for union in unions)
+        if not is_kind:
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _names(pattern: Sequence[str], parts: Sequence[str]) -> bool:
+    return len(pattern) == len(parts) and all(one in ("NAME", part) for one, part in zip(pattern, parts, strict=True))
 
 
 def _suggest(key: str) -> str:

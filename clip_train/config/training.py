@@ -267,7 +267,7 @@ class Faults(Section):
     run and saves what is needed to look at it."""
     window_steps: PositiveInt = 1000
     spike_sigmas: PositiveFloat | None = 8.0
-    """Warn of a logged loss that lies so many sigmas above the median of the last 64."""
+    """Warn of a logged loss that lies so many sigmas above the median of the last 64; `inf` never warns."""
     stall_minutes: PositiveFloat = 15.0
     """Without progress for so long, processes end themselves and name the one they waited for."""
 

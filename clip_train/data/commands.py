@@ -34,7 +34,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--keep", action="append", default=[], metavar="COL", help="keep this column, too; may be repeated"
     )
     pack.add_argument("--image-root", type=Path, metavar="DIR", help="where paths begin (default: the table's folder)")
-    pack.add_argument("--encoding", default="utf-8-sig", metavar="NAME", help="of csv, tsv and jsonl (default UTF-8)")
+    pack.add_argument(
+        "--encoding", default="utf-8-sig", metavar="NAME", help="of tables and lines of text (default UTF-8)"
+    )
     pack.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples in a shard (default 1000)")
     pack.add_argument("--name", default="shard", help="shards are NAME-000000.tar, … (default shard)")
     pack.add_argument("--max-size", type=int, metavar="PX", help="shrink pictures whose longest side is above this")
@@ -53,7 +55,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument(
         "--image", metavar="EXT", help="as in a recipe, for example 'jpg;png' (default: what is there)"
     )
-    inspect.add_argument("--caption", metavar="COL", help="as in a recipe, txt or json.FIELD (default: what is there)")
+    inspect.add_argument(
+        "--caption", metavar="COL", help="txt, json.FIELD or json.FIELD[:N], as in a recipe (default: what is there)"
+    )
     inspect.add_argument("--tokenizer", default="default", metavar="PATH", help="that captions are measured with")
     inspect.add_argument("--out", type=Path, metavar="DIR", help="write inspect.json and contact_sheet.png there")
     inspect.add_argument("--fix", type=Path, metavar="OUT", help="write a copy without the broken samples there")

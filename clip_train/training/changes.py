@@ -33,6 +33,7 @@ FREE = (
     "checkpoint.",
     "faults.",
     "data.workers",
+    "data.threads",
     "data.cache_decoded",
     "data.cache_decoded_gib",
     "data.cache_dir",

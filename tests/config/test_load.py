@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,45 @@ def test_resolved_recipe_reads_back_equal(recipe_tree: dict[str, Any]) -> None:
 def test_unknown_key_names_the_nearest(recipe_tree: dict[str, Any], change: dict[str, Any], nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown key .* Did you mean {nearest}"):
         parse_recipe({**recipe_tree, **change})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["optimizer.kind=lamb", "optimizer.lr=1e-3", "optimizer.beta=0.9"], "optimizer.beta"),
+        (["optimizer.kind=lion", "optimizer.lr=1e-3", "optimizer.layer_deca=0.9"], "optimizer.layer_deca"),
+        (["training.parallel.kind=fsdp", "training.parallel.shrad=hybrid"], "training.parallel.shrad"),
+        (["training.parallel.static_grap=true"], "training.parallel.static_grap"),
+        (["data.sources.vit.shards=a.tar", "data.sources.vit.caption_choise=all"], "data.sources.vit.caption_choise"),
+        (['evaluation.tasks={knn={kind="knn", shard="a.tar"}}'], "evaluation.tasks.knn.shard"),
+        (["data.bert=1"], "data.bert"),
+    ],
+)
+def test_unknown_key_is_named_as_it_was_written(
+    recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], overrides: list[str], key: str
+) -> None:
+    recipe_tree["training"]["parallel"] = {"kind": "ddp"}
+    with pytest.raises(ConfigError, match=f"unknown key '{re.escape(key)}'"):
+        load_recipe(write_recipe(recipe_tree), overrides)
+
+
+@pytest.mark.parametrize("key", ["evaluation.tasks", "evaluation", "data.sources", "data", "training", "text"])
+def test_a_text_where_a_table_belongs_is_named(
+    recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], key: str
+) -> None:
+    broken = '{mine={kind="knn", \\\n data="folder:x"}}'  # no newline may stand in TOML's inline tables
+    with pytest.raises(ConfigError, match=f"'{re.escape(key)}': "):
+        load_recipe(write_recipe(recipe_tree), [f"{key}={broken}"])
+
+
+def test_inf_never_warns_and_none_is_the_default(
+    recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
+) -> None:
+    path = write_recipe(recipe_tree)
+    never = load_recipe(path, ["faults.spike_sigmas=inf"])
+    assert never.faults.spike_sigmas == math.inf
+    assert parse_toml(dump_recipe(never), "again") == never
+    assert load_recipe(path, ["faults.spike_sigmas=none"]).faults.spike_sigmas == 8.0
 
 
 def test_key_of_another_kind_is_refused(recipe_tree: dict[str, Any]) -> None:
@@ -129,6 +170,7 @@ def test_every_shipped_recipe_loads_and_says_its_command(path: Path) -> None:
         f"clip_train train {path.stem}" in head
         or f"clip-train {path.stem}" in head
         or f"clip-train train {path.stem}" in head
+        or f"clip-train train runs/{path.stem}/recipe.toml" in head
     )
     assert "Hardware:" in head
     assert "Result:" in head or "Expect" in head

@@ -66,7 +66,7 @@ def test_kill_and_signals_then_resume_is_the_uninterrupted_run(
     saved = {path.name for path in (cut / "checkpoints").glob("step_*")}
     assert saved, "a checkpoint was there before the kill"
 
-    process = start(recipe, cut, "data.workers=1")  # another number of workers: the same run
+    process = start(recipe, cut, "data.workers=1", "data.threads=2")  # other numbers of them: the same run
     wait_for_line(cut, 30, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)

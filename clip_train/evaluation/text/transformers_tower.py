@@ -94,7 +94,7 @@ def open_tower(path: Path) -> TransformersTower:
     try:
         import transformers as library
     except ImportError:
-        raise CheckpointError(f"{path}: needs transformers: pip install 'clip-train[export]'") from None
+        raise CheckpointError(f"{path}: needs transformers: pip install 'clip-train[probe]'") from None
     transformers: Any = library
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(

@@ -30,7 +30,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="pictures that are only measured; none of them: held-out names of --train",
     )
     train.add_argument("--image", default="jpg;jpeg;png;webp", metavar="EXT", help="member that holds the picture")
-    train.add_argument("--caption", default="json.captions", metavar="COL", help="member or json.FIELD")
+    train.add_argument("--caption", default="json.captions", metavar="COL", help="member, json.FIELD or json.FIELD[:N]")
     train.set_defaults(run=run_train)
 
     grid = commands.add_parser("grid", help="a PNG of what several probed encoders made of the same captions")
