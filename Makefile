@@ -1,4 +1,5 @@
-# Two commands: `make quickstart` and `make test`. Each sets itself up in .venv, and can be run again.
+# `make quickstart` and `make test` come first; `make help` lists all. Each sets itself up in .venv and can be run again;
+# `make clean` deletes .venv and runs/, with every checkpoint in it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,6 +13,7 @@ help:
 	@echo "make check        ruff and pyright"
 	@echo "make smoke        the debug recipe, in seconds"
 	@echo "make golden       check that the debug recipe still gives the recorded losses"
+	@echo "make clean        delete $(VENV) and runs/, with all checkpoints"
 
 quickstart: $(VENV)/.installed
 	$(BIN)/clip-train quickstart --run-dir $(RUN)
