@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clip_train.ablation import figures, findings
-from clip_train.ablation.findings import Finding, short
+from clip_train.ablation.findings import Finding
 from clip_train.ablation.grid import Cell, Grid
 from clip_train.ablation.results import Results, less_is_better
 from clip_train.errors import UserError
@@ -31,13 +31,15 @@ TITLES = {
     ),
     "differences": (
         "Differences",
-        "First less second, more being better, × 100: percentage points of accuracies and recalls, hundredths of "
-        "correlations. 95 % intervals over items (paired bootstrap) and seeds (their spread, t with Satterthwaite's "
-        "degrees of freedom). Filled and coloured: p < 0.05 after Holm's correction over all rows of this chart.",
+        "First less second, more being better, × 100: points of accuracies, recalls and areas, hundredths of "
+        "correlations and bits, of means over tasks points between chance (0) and perfect (100). 95 % intervals over "
+        "items (paired bootstrap of groups that belong together) and seeds (spread pooled over all arms), by t. Filled "
+        "and coloured: p < 0.05 after Holm's correction over all rows of this chart.",
     ),
     "tasks": (
         "Every task",
-        "Mean over seeds; bold is the best of its column; colour goes from the worst of a column to the best.",
+        "Mean over seeds; bold is the best of its column, by chance maybe: see the differences. Colour goes from the "
+        "worst of a column to the best. A probe's pool is chosen on development items, whatever pool was trained.",
     ),
     "pictures": (
         "What the generator draws",
@@ -65,7 +67,7 @@ def draw_charts(results: Results, found: Sequence[Finding]) -> Charts:
 def _headline(results: Results) -> Callable[[Theme], Figure] | None:
     panels = [
         figures.Dots(
-            short(name), {cell: results.values(cell, name) for cell in results.cells}, results.chance(name),
+            _short(results, name), {cell: results.values(cell, name) for cell in results.cells}, results.chance(name),
             results.is_percent(name),
         )
         for name in results.headline
@@ -89,7 +91,7 @@ def _heatmaps(results: Results) -> Callable[[Theme], Figure] | None:
                 values[y, x] = of_cell.mean()
                 spread[y, x] = of_cell.std(ddof=1) if len(of_cell) > 1 else 0.0
         if not np.isnan(values).all():
-            panels.append(figures.Heat(short(name), values, spread, results.is_percent(name)))
+            panels.append(figures.Heat(_short(results, name), values, spread, results.is_percent(name)))
     return (lambda theme: figures.heatmaps(panels, list(rows), list(columns), theme)) if panels else None
 
 
@@ -101,7 +103,7 @@ def _differences(results: Results, found: Sequence[Finding]) -> Callable[[Theme]
             one.interval.p,
         )  # fmt: skip
         title = f"{one.comparison.question}   {findings.sides(one.comparison)}"
-        groups.setdefault(title, []).append(figures.Effect(short(one.headline), hundred, one.sure))
+        groups.setdefault(title, []).append(figures.Effect(_short(results, one.headline), hundred, one.sure))
     return (lambda theme: figures.forest(groups, theme, "difference × 100")) if groups else None
 
 
@@ -116,7 +118,7 @@ def _tasks(results: Results) -> Callable[[Theme], Figure] | None:
     )
     written = [[results.written(name, means[cell, name]) for name in names] for cell in results.cells]
     labels = [
-        f"{name.partition('/')[0][3:]} · {name.partition('/')[2]}" if name.startswith("exp") else short(name)
+        f"{name.partition('/')[0][3:]} · {name.partition('/')[2]}" if name.startswith("exp") else _short(results, name)
         for name in names
     ]
     return lambda theme: figures.tasks(results.cells, labels, values, written, theme)
@@ -167,6 +169,11 @@ def _pictures(results: Results) -> bytes | None:
     except UserError:  # the probes were run without it
         return None
     return out.read_bytes()
+
+
+def _short(results: Results, headline: str) -> str:
+    """A figure in few words."""
+    return results.label(headline).replace(", openclipart", "").replace(" unseen style", "")
 
 
 def _curve(grid: Grid, cell: Cell) -> tuple[Floats, Floats] | None:

@@ -167,7 +167,7 @@ def forest(groups: Mapping[str, Sequence[Effect]], theme: Theme, unit: str) -> F
 def tasks(
     cells: Sequence[str], names: Sequence[str], values: Floats, written: Sequence[Sequence[str]], theme: Theme
 ) -> Figure:
-    """A table of all tasks: `values (cells, tasks)` colour it (0 chance, 1 perfect), `written` stands in it."""
+    """A table of all tasks: `values (cells, tasks)` colour it, each column by itself; `written` stands in it."""
     colours = LinearSegmentedColormap.from_list("task", [theme.paper, theme.model])
     with styled(theme):
         figure = Figure(figsize=(9.8, 0.29 * len(cells) + 1.7), layout="constrained")

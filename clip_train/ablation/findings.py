@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clip_train.ablation.grid_file import Comparison
 from clip_train.ablation.results import Results
@@ -11,13 +11,6 @@ from clip_train.evaluation.comparison import interval
 from clip_train.evaluation.statistics import Interval, holm
 
 ALPHA = 0.05
-NAMES = {
-    "exp1": "general text (exp. 1)",
-    "exp2": "vision-centric text (exp. 2)",
-    "exp3": "text to image (exp. 3)",
-    "text_to_image": "caption → picture",
-    "image_to_text": "picture → caption",
-}
 
 
 @dataclass(frozen=True)
@@ -26,10 +19,15 @@ class Finding:
 
     comparison: Comparison
     headline: str
+    label: str
+    """The headline in words."""
     interval: Interval
     p_holm: float
     """Corrected for all findings of the grid."""
     seeds: int
+    """Both sides have; with one, the interval is over items alone."""
+    testable: bool = True
+    """What is expected can be tested: a control shows that something was learned."""
 
     @property
     def sure(self) -> bool:
@@ -37,10 +35,12 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """Beside what was expected: reproduced, refuted, undecided; nothing where nothing was."""
+        """Beside what was expected: reproduced, refuted, undecided, not testable; nothing where nothing was."""
         expected = self.comparison.expect.get(self.headline)
         if expected is None:
             return ""
+        if not self.testable:
+            return "not testable"
         if not self.sure:
             return "undecided"
         return "reproduced" if (self.interval.estimate > 0) == (expected == "first") else "refuted"
@@ -48,29 +48,33 @@ class Finding:
 
 def find(results: Results) -> list[Finding]:
     """Every comparison on every headline figure that has its cells, Holm-corrected as one family."""
-    raw: list[tuple[Comparison, str, Interval, int]] = []
-    by_headline = results.headline
+    comparisons, by_headline = results.grid.file.comparisons, results.headline
+    raw: list[Finding] = []
     for headline in by_headline:  # outside: comparisons on the same items share their draws
-        for comparison in results.grid.file.comparisons.values():
+        spread = results.spread(headline)
+        for comparison in comparisons.values():
             difference = results.difference(comparison, headline)
             if difference is not None:
-                raw.append((comparison, headline, interval(difference), len(difference.by_seed)))
-    corrected = holm([one.p for _, _, one, _ in raw])
-    found = [Finding(c, h, one, p, seeds) for (c, h, one, seeds), p in zip(raw, corrected, strict=True)]
-    order = list(results.grid.file.comparisons.values())
+                one = interval(difference, spread)
+                seeds = len(difference.by_seed)
+                raw.append(Finding(comparison, headline, results.label(headline), one, one.p, seeds))
+    corrected = holm([one.interval.p for one in raw])
+    found = [replace(one, p_holm=p) for one, p in zip(raw, corrected, strict=True)]
+    sure = [(one.comparison, one.headline) for one in found if one.sure]
+
+    def is_testable(one: Finding) -> bool:
+        controls = [comparisons[name] for name in one.comparison.control]
+        return not controls or any((control, one.headline) in sure for control in controls)
+
+    found = [replace(one, testable=is_testable(one)) for one in found]
+    order = list(comparisons.values())
     return sorted(found, key=lambda one: (order.index(one.comparison), by_headline.index(one.headline)))
 
 
-def single(results: Results, comparison: Comparison) -> list[tuple[str, str, Interval]]:
-    """Each pair of a comparison's cells on each headline figure, not corrected: (pair, headline, interval)."""
-    found: list[tuple[str, str, Interval]] = []
-    for first, second in zip(comparison.first, comparison.second, strict=True):
-        pair = comparison.model_copy(update={"first": [first], "second": [second]})
-        for headline in results.headline:
-            difference = results.difference(pair, headline)
-            if difference is not None:
-                found.append((f"{first} − {second}", headline, interval(difference)))
-    return found
+def untested(results: Results, found: Sequence[Finding]) -> list[str]:
+    """Comparisons on no figure of which there is a finding: cells of theirs are missing."""
+    tested = [one.comparison for one in found]
+    return [name for name, one in results.grid.file.comparisons.items() if one not in tested]
 
 
 def claims(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
@@ -78,7 +82,7 @@ def claims(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
     shown: list[str] = []
     open_: dict[str, list[str]] = {}
     for one in findings:
-        name = label(one.headline)
+        name = f"{one.label}{' (one seed)' * (one.seeds == 1)}"
         if one.sure:
             tail = {
                 "reproduced": ", as is known from elsewhere",
@@ -86,26 +90,12 @@ def claims(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
             }.get(one.verdict, "")
             shown.append(f"{_ahead(one)} ahead by {_size(one)} on {name} (Holm p {p_value(one.p_holm)}){tail}.")
         else:
-            tail = " (neither reproduces nor refutes what is known)" if one.verdict else ""
+            tail = {
+                "undecided": " (neither reproduces nor refutes what is known)",
+                "not testable": " (what is known cannot be tested: training added nothing there)",
+            }.get(one.verdict, "")
             open_.setdefault(sides(one.comparison), []).append(f"{name} {difference(one.interval)}{tail}")
     return shown, [f"{which}: {'; '.join(found)}." for which, found in open_.items()]
-
-
-def label(headline: str) -> str:
-    """A figure in words."""
-    if headline in NAMES:
-        return NAMES[headline]
-    kind, *rest = headline.split("/")
-    if kind == "zeroshot":
-        return f"zero-shot {rest[0].replace('_', ' ')}, {rest[1].replace('top', 'top-')}"
-    if kind == "retrieval":
-        return f"{NAMES.get(rest[1], rest[1])} {rest[2].upper()}, {rest[0].replace('_', ' ')}"
-    return f"{' '.join(rest).replace('_', ' ')} ({kind.replace('exp', 'exp. ')})"
-
-
-def short(headline: str) -> str:
-    """A figure in few words, for charts."""
-    return label(headline).replace(", openclipart", "").replace(" unseen style", "")
 
 
 def sides(comparison: Comparison) -> str:

@@ -95,7 +95,7 @@ def expand(file: GridFile, path: Path, out: Path, budget: str | None = None) -> 
     plans = _plans(file, where)
     names = _chosen(chosen.cells, plans, where) if chosen.cells is not None else list(plans)
     for side in file.comparisons.values():
-        _check_comparison(side, plans, where)
+        _check_comparison(side, plans, file, where)
     base = path.parent / file.recipe
     grid = Grid(file, budget, out, [], chosen.generator or file.generator)
     first_of: dict[str, str] = {}
@@ -188,10 +188,18 @@ def _in_order(names: Sequence[str], plans: dict[str, _Plan], where: str) -> list
     return list(ordered)
 
 
-def _check_comparison(comparison: Comparison, plans: dict[str, _Plan], where: str) -> None:
+def _check_comparison(comparison: Comparison, plans: dict[str, _Plan], file: GridFile, where: str) -> None:
     for name in [*comparison.first, *comparison.second]:
         if name not in plans:
             raise ConfigError(f"{where}: comparisons: no cell {name!r}.{nearest(name, plans)}")
+    for name in comparison.control:
+        if name not in file.comparisons:
+            raise ConfigError(f"{where}: comparisons: no control {name!r}.{nearest(name, file.comparisons)}")
+    for name in comparison.expect:
+        if name not in file.headline:
+            raise ConfigError(
+                f"{where}: comparisons: expect speaks of {name!r}.{nearest(name, file.headline, 'Headline')}"
+            )
     if len(comparison.first) != len(comparison.second):
         raise ConfigError(
             f"{where}: the comparison {comparison.question!r} pairs {len(comparison.first)} cells with "

@@ -1,12 +1,17 @@
 """`GRID.toml`: what is varied, how often and on what budget.
 
     name = "text-tower"
+    description = "Why a causal text tower?"    # the report's first lines
     recipe = "base.toml"                        # what all cells share; beside the grid, or the name of a shipped one
     seeds = [0, 1, 2]
     generator = "small"                         # size of the picture generator of experiment 3, trained once
     probes = ["text"]                           # suites of `clip-train probe` that every cell goes through
-    headline = ["zeroshot/unseen_style/top1", "exp1"]     # figures that are tested; "exp1" is the mean of exp1/…
+    headline = ["zeroshot/unseen_style/top1", "exp1", "held-out"]     # figures that are tested
     exclude = [{ mask = "causal", pool = "cls" }]
+
+    [means.held-out]                            # a figure of its own: the mean over tasks, 0 chance and 100 perfect
+    title = "same picture, captions held out"   # (`exp1`, `exp2` and `exp3` are means over all their tasks)
+    of = ["exp2/same_picture_clipart/centred"]
 
     [vocabulary]                                # learned once, before the first cell; without it the recipe's holds
     captions = "embedded:pictograms/train-*.tar"
@@ -16,11 +21,16 @@
     causal = ["text.attention=causal"]
     bidirectional = ["text.attention=bidirectional"]
 
+    [axes.pool]
+    eot = ["text.pool=eot"]
+    cls = ["text.pool=cls"]
+
     [arms.mlm]                                  # beside the product
-    levels = { mask = "bidirectional" }         # overrides of axes that it shares
+    levels = { mask = "bidirectional", pool = "cls" }     # overrides of axes that it shares
     set = ["loss.kind=mlm", "image=none", "model=none", "evaluation.tasks=none"]
 
     [arms.mlm-init]
+    levels = { mask = "bidirectional", pool = "cls" }
     after = "mlm"                               # runs behind the arm `mlm` of its seed, whose folder is {previous}
     set = ["training.init_text={previous}"]
 
@@ -29,10 +39,12 @@
     first = ["bidirectional-eot"]
     second = ["causal-eot"]
     expect = { exp1 = "first" }                 # what is known from elsewhere, to be reproduced or refuted
+    control = ["learned"]                       # … where one of these comparisons shows that anything was learned
 
     [budgets.small]
     set = ["training.steps=60"]                 # over the axes, below what an arm sets
     seeds = [0]
+    generator = "small"                         # in place of the grid's
     cells = ["causal-*", "mlm"]                 # of all cells; what they come after is added
 
 A cell of the product is called by its levels, `causal-eot`; an arm by its own name.
@@ -75,6 +87,14 @@ class Arm(Section):
     """The cell that runs before it; `{previous}` in `set` is the folder of its run of the same seed."""
 
 
+class Mean(Section):
+    """A headline figure that is a mean over tasks, each from 0 (chance) to 1 (perfect)."""
+
+    title: str
+    of: Annotated[list[str], Field(min_length=1)]
+    """Figures as in the table."""
+
+
 class Comparison(Section):
     """A difference that is tested: the mean over the cells `first` less that over `second`, in pairs."""
 
@@ -83,6 +103,9 @@ class Comparison(Section):
     second: Annotated[list[str], Field(min_length=1)]
     expect: dict[str, Literal["first", "second"]] = {}
     """For headline figures: which side is ahead as far as is known."""
+    control: list[str] = []
+    """Comparisons of trained cells with untrained ones. Where none of them is told from zero on a figure, what is
+    expected of it cannot be tested."""
 
 
 class Budget(Section):
@@ -110,7 +133,8 @@ class GridFile(Section):
     generator: Literal["full", "small"] | None = None
     """Size of the picture generator for experiment 3, trained once before the first cell; none leaves it out."""
     headline: list[str] = []
-    """Figures that are tested, best few: names as in the table, or `exp1` for the mean over all `exp1/…`."""
+    """Figures that are tested, best few: names as in the table, of a mean, or `exp1` for that over all `exp1/…`."""
+    means: dict[Name, Mean] = {}
     vocabulary: Vocabulary | None = None
     axes: dict[Name, dict[Name, list[str]]] = {}
     exclude: list[dict[str, str]] = []
@@ -150,7 +174,7 @@ def _explain(problem: object) -> str:
     if problem["type"] != "extra_forbidden":
         return f"missing key {key!r}" if problem["type"] == "missing" else f"{key!r}: {problem['msg']}"
     tables: dict[str, type[BaseModel]] = {
-        "arms": Arm, "budgets": Budget, "comparisons": Comparison, "vocabulary": Vocabulary,
+        "arms": Arm, "budgets": Budget, "comparisons": Comparison, "means": Mean, "vocabulary": Vocabulary,
     }  # fmt: skip
     fields = (tables[loc[0]] if len(loc) > 1 and loc[0] in tables else GridFile).model_fields
     return f"unknown key {key!r}.{nearest(loc[-1], fields, 'Keys')}"

@@ -130,9 +130,13 @@ def learn_vocabulary(grid: Grid, console: Console) -> None:
     if wanted is None or out is None:
         return
     grid.out.mkdir(parents=True, exist_ok=True)
+    settings, told = wanted.model_dump_json() + "\n", grid.out / "vocabulary.settings.json"
+    if out.exists() and told.exists() and told.read_text(encoding="utf-8") != settings:
+        raise ConfigError(f"{out} was learned with {told.read_text().strip()}: choose another --out, or remove it")
     lock = Lock.take(grid.out / "vocabulary.lock", wait=True)
     assert lock is not None
     try:
+        told.write_text(settings, encoding="utf-8")
         if not out.exists():
             console.print(f"a vocabulary of {wanted.size:,} from {wanted.captions}", soft_wrap=True)
             aside = grid.out / "vocabulary.part.json"

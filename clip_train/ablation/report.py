@@ -61,7 +61,7 @@ def _sections(results: Results, found: Sequence[Finding], charts: Charts) -> lis
         *(_Section(name, *TITLES[name]) for name in charts),
         _Section("tests", "All tests", "Corrected as one family.", table=summary.tests(found)),
         _Section("figures", "All figures", "Mean ± standard deviation over seeds.", table=summary.all_figures(results)),
-        _Section("limits", "What it cannot claim", sentences=summary.limits(results)),
+        _Section("limits", "What it cannot claim", sentences=summary.limits(results, found)),
         _Section("runs", "Runs", table=summary.runs(results)),
     ]
 

@@ -9,14 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from clip_train.ablation.grid import Cell, Grid
 from clip_train.ablation.grid_file import Comparison
 from clip_train.ablation.table import Row, read_rows
-from clip_train.evaluation.comparison import Difference, mean_difference, paired_difference, scaled
+from clip_train.data.hashing import text_hash
+from clip_train.errors import DataError
+from clip_train.evaluation.comparison import Difference, Groups, Spread, Task, paired_difference, pooled_spread
 from clip_train.evaluation.statistics import Floats, Kind
+from clip_train.evaluation.text.tasks import EMBEDDED, load_embedded
 
 EXPERIMENTS = ("exp1", "exp2", "exp3")
+NAMES = {
+    "exp1": "general text (exp. 1)",
+    "exp2": "vision-centric text (exp. 2)",
+    "exp3": "text to image (exp. 3)",
+    "exp3/caption": "caption → drawing, bits a code saved (exp. 3)",
+    "exp3/concept": "drawing → concept, rank (exp. 3)",
+    "text_to_image": "caption → picture",
+    "image_to_text": "picture → caption",
+}
 LESS_IS_BETTER = ("nll", "bits", "perplexity")
 """Measures of which a smaller value is the better one."""
 UNIT_SCALE = ("accuracy", "recall")
@@ -30,6 +44,8 @@ class Items:
     kind: Kind
     scores: Floats
     labels: Floats | None
+    groups: Groups | None = None
+    """`(N,)`: items of one group are about the same thing, and drawn together."""
 
 
 class Results:
@@ -66,9 +82,26 @@ class Results:
         named = self.grid.file.headline or self.metrics
         return [name for name in named if self.tasks(name)]
 
+    def label(self, headline: str) -> str:
+        """A figure in words."""
+        mean = self.grid.file.means.get(headline)
+        if mean is not None:
+            return mean.title
+        if headline in NAMES:
+            return NAMES[headline]
+        kind, *rest = headline.split("/")
+        if kind == "zeroshot":
+            return f"zero-shot {rest[0].replace('_', ' ')}, {rest[1].replace('top', 'top-')}"
+        if kind == "retrieval":
+            return f"{NAMES.get(rest[1], rest[1])} {rest[2].upper()}, {rest[0].replace('_', ' ')}"
+        return f"{' '.join(rest).replace('_', ' ')} ({kind.replace('exp', 'exp. ')})"
+
     def tasks(self, headline: str) -> list[str]:
-        """The figures that a headline stands for: itself, or the tasks of an experiment (`exp1`), without their
-        variants (`exp1/TASK/VARIANT`)."""
+        """The figures that a headline stands for: itself; those of a mean, none unless all were measured; or the tasks
+        of an experiment (`exp1`), without their variants (`exp1/TASK/VARIANT`)."""
+        mean = self.grid.file.means.get(headline)
+        if mean is not None:
+            return mean.of if set(mean.of) <= set(self.metrics) else []
         if headline not in EXPERIMENTS:
             return [name for name in self.metrics if name == headline]
         return [name for name in self.metrics if name.startswith(f"{headline}/") and name.count("/") == 1]
@@ -117,29 +150,40 @@ class Results:
         """What guessing gives; of an experiment, whose figure counts from there, 0."""
         return 0.0 if self.tasks(headline) != [headline] else self.row(headline).chance
 
+    def spread(self, headline: str) -> Spread | None:
+        """How the figure moves from seed to seed, over all cells that have every seed."""
+        values = [self.values(cell, headline) for cell in self.cells]
+        whole = [one for one in values if len(one) == len(self.seeds)]
+        return pooled_spread(np.array(whole)) if whole else None
+
     def difference(self, comparison: Comparison, headline: str) -> Difference | None:
         """First cells less second ones, more being better; None where cells or items are missing."""
+        names = {*comparison.first, *comparison.second}
         tasks = self.tasks(headline)
-        parts: list[Difference] = []
-        for task in tasks:
-            found = self._difference(comparison.first, comparison.second, task)
-            if found is None:
-                continue
-            row = self.row(task)
-            factor = _factor(row) if tasks != [headline] else (-1.0 if less_is_better(row) else 1.0)
-            parts.append(scaled(found, factor))
-        return mean_difference(parts) if parts else None
-
-    def _difference(self, first: Sequence[str], second: Sequence[str], task: str) -> Difference | None:
-        names = {*first, *second}
-        seeds = [seed for seed in self.seeds if all(task in self.by_cell.get((name, seed), {}) for name in names)]
-        items = {(name, seed): self._items(name, seed, task) for name in names for seed in seeds}
-        known = {key: one for key, one in items.items() if one is not None}
-        if not seeds or len(known) < len(items):
+        seeds = [s for s in self.seeds if all(t in self.by_cell.get((n, s), {}) for n in names for t in tasks)]
+        if not tasks or not seeds:
             return None
-        sides = [np.array([[known[name, seed].scores for name in side] for seed in seeds]) for side in (first, second)]
+        parts = [self._task(comparison, task, seeds, plain=tasks == [headline]) for task in tasks]
+        known = [one for one in parts if one is not None]
+        return paired_difference(known) if len(known) == len(parts) else None
+
+    def _task(self, comparison: Comparison, task: str, seeds: Sequence[int], *, plain: bool) -> Task | None:
+        names = dict.fromkeys([*comparison.first, *comparison.second])
+        found = {(name, seed): self._items(name, seed, task) for name in names for seed in seeds}
+        known = {key: one for key, one in found.items() if one is not None}
+        if len(known) < len(found):
+            return None
         some = next(iter(known.values()))
-        return paired_difference(sides[0], sides[1], some.labels, kind=some.kind)
+        for (name, seed), one in known.items():
+            if len(one.scores) != len(some.scores) or not _same(one.labels, some.labels):
+                raise DataError(f"{name}-seed{seed} was asked other items of {task} than the rest: probe it again")
+        first, second = (
+            np.array([[known[name, seed].scores for name in side] for seed in seeds])
+            for side in (comparison.first, comparison.second)
+        )
+        row = self.row(task)
+        factor = (-1.0 if less_is_better(row) else 1.0) if plain else _factor(row)
+        return Task(first, second, some.labels, some.kind, some.groups, factor)
 
     def _items(self, name: str, seed: int, task: str) -> Items | None:
         cell = next((one for one in self.grid.cells if (one.name, one.seed) == (name, seed)), None)
@@ -153,14 +197,44 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
         arrays = [_load(folder / "probe" / f"{suite}.npz") for suite in grid.file.probes]
         for probe in arrays:
             if task in probe:
-                return Items("mean", _floats(probe[task]), None)
+                scores = _floats(probe[task])
+                return Items("mean", scores, None, _groups_of_texts(task, len(scores)))
             if f"{task}:score" in probe:
-                return Items(kind_of(measure), _floats(probe[f"{task}:score"]), _floats(probe[f"{task}:label"]))
+                scores, labels = _floats(probe[f"{task}:score"]), _floats(probe[f"{task}:label"])
+                return Items(kind_of(measure), scores, labels, _groups_of_texts(task, len(scores)))
         return None
     _, name, *way, short = task.split("/")
-    ranks = _load(folder / "eval" / f"{name}.npz").get(f"{way[0]}_ranks" if way else "ranks")
+    arrays = _load(folder / "eval" / f"{name}.npz")
+    ranks = arrays.get(f"{way[0]}_ranks" if way else "ranks")
     cutoff = {"top1": 1, "top5": 5}.get(short) or (int(short[2:]) if short.startswith("r@") else None)
-    return None if ranks is None or cutoff is None else Items("mean", (ranks < cutoff).astype(np.float64), None)
+    if ranks is None or cutoff is None:
+        return None
+    groups = _groups_of_pairs(arrays["pair_image"], arrays["pair_caption"], way[0]) if way else None
+    return Items("mean", (ranks < cutoff).astype(np.float64), None, groups)
+
+
+def _groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:
+    """Pictures and captions that pairs connect are one group: captions of one picture are no independent items."""
+    count = int(images.max()) + 1
+    nodes = count + int(captions.max()) + 1
+    graph = coo_matrix((np.ones(len(images)), (images, count + captions)), shape=(nodes, nodes))
+    groups = connected_components(graph, directed=False)[1].astype(np.int64)
+    return groups[:count] if way.startswith("image") else groups[count:]
+
+
+@lru_cache(maxsize=64)
+def _groups_of_texts(task: str, items: int) -> Groups | None:
+    """Items of embedded tasks whose (first) texts have the same words: a name that is asked about several times, a
+    sentence and its words in another order."""
+    experiment, name, *_ = task.split("/")
+    if name not in EMBEDDED.get(experiment, ()):
+        return None
+    words = [" ".join(sorted(text.lower().split())) for text in load_embedded(name).splits["test"].first]
+    return np.array([text_hash(one) for one in words], dtype=np.int64) if len(words) == items else None
+
+
+def _same(one: Floats | None, other: Floats | None) -> bool:
+    return one is other is None or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def kind_of(measure: str) -> Kind:

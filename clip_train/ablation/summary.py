@@ -10,6 +10,7 @@ import numpy as np
 from clip_train.ablation import cells as folders
 from clip_train.ablation import findings
 from clip_train.ablation.findings import Finding
+from clip_train.ablation.grid import Cell, Grid
 from clip_train.ablation.plan import duration
 from clip_train.ablation.results import Results
 
@@ -23,7 +24,9 @@ def title(results: Results, found: Sequence[Finding]) -> str:
     tail = ""
     if expected:
         counts = ", ".join(
-            f"{expected.count(word)} {word}" for word in ("reproduced", "refuted", "undecided") if word in expected
+            f"{expected.count(word)} {word}"
+            for word in ("reproduced", "refuted", "undecided", "not testable")
+            if word in expected
         )
         tail = f"; of {len(expected)} known directions {counts}"
     return f"{sure} of {len(found)} differences are told from zero{tail}"
@@ -45,12 +48,14 @@ def stats(results: Results, found: Sequence[Finding]) -> list[tuple[str, str]]:
 
 def tests(found: Sequence[Finding]) -> list[list[str]]:
     """Every comparison, a line each."""
-    lines = [["question", "first − second", "figure", "difference × 100 [95 %]", "p", "Holm p", "known direction"]]
+    lines = [
+        ["question", "first − second", "figure", "difference × 100 [95 %]", "p", "Holm p", "seeds", "known direction"]
+    ]
     return lines + [
         [
-            one.comparison.question, findings.sides(one.comparison), findings.label(one.headline),
+            one.comparison.question, findings.sides(one.comparison), one.label,
             findings.difference(one.interval), findings.p_value(one.interval.p).removeprefix("= "),
-            findings.p_value(one.p_holm).removeprefix("= "), one.verdict,
+            findings.p_value(one.p_holm).removeprefix("= "), str(one.seeds), one.verdict,
         ]
         for one in found
     ]  # fmt: skip
@@ -64,7 +69,7 @@ def all_figures(results: Results) -> list[list[str]]:
         row = results.row(name)
         chance = "" if row.chance is None else results.written(name, row.chance)
         cells = [results.with_spread(cell, name) for cell in results.cells]
-        lines.append([findings.label(name), row.measure, chance, "" if row.n is None else f"{row.n:,}", *cells])
+        lines.append([results.label(name), row.measure, chance, "" if row.n is None else f"{row.n:,}", *cells])
     return lines
 
 
@@ -77,28 +82,33 @@ def runs(results: Results) -> list[list[str]]:
         seconds = np.mean(list({row.seed: row.seconds for row in rows}.values()))
         lines.append(
             [
-                name, f"{cell.steps:,}", f"{cell.steps * cell.recipe.data.batch_size:,}", f"{rows[0].parameters:,}",
+                name, f"{cell.steps:,}", f"{samples_seen(results.grid, cell):,}", f"{rows[0].parameters:,}",
                 f"{seconds:,.0f}", rows[0].recipe_hash,
             ]
         )  # fmt: skip
     return lines
 
 
-def limits(results: Results) -> list[str]:
+def samples_seen(grid: Grid, cell: Cell) -> int:
+    """By a cell and by those that it comes after."""
+    before = 0 if cell.after is None else samples_seen(grid, grid.cell(cell.after))
+    return before + cell.steps * cell.recipe.data.batch_size
+
+
+def limits(results: Results, found: Sequence[Finding]) -> list[str]:
     """What the grid cannot claim, as sentences."""
     grid = results.grid
-    trained = [cell for cell in grid.cells if cell.steps and cell.name in results.cells]
-    seen = max((cell.steps * cell.recipe.data.batch_size for cell in trained), default=0)
+    seen = max(samples_seen(grid, cell) for cell in grid.cells if cell.name in results.cells)
     sizes = [row.parameters for row in results.rows]
     seeds = len(results.seeds)
     lines = [
         f"It speaks of models of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} M parameters that saw at most "
         f"{seen:,} samples each. A difference at this size need not hold, and one that is missing may appear, where "
         "data and models are a thousand times larger.",
-        "All arms have the same learning rate, schedule and batch, chosen once for all and tuned for none: an arm that "
-        "would like others is at a disadvantage.",
-        "Probes are linear, on frozen features, with the pool chosen on development items: they say what can be read "
-        "out so, not what the tower could learn by fine-tuning.",
+        "All arms have the learning rate, schedule and batch of one recipe, tuned for none of them here. An arm that "
+        "would like others is at a disadvantage, and one with another objective more likely so.",
+        "Probes are linear, on frozen features, with the pool chosen on development items, which need not be the one "
+        "that was trained: they say what can be read out so, not what the tower could learn by fine-tuning.",
     ]
     if seeds == 1:
         lines.append(
@@ -107,12 +117,17 @@ def limits(results: Results) -> list[str]:
         )
     else:
         lines.append(
-            f"{seeds} seeds: where they disagree, intervals are wide and small differences cannot be shown. What is "
-            "not told from zero is not shown to be zero."
+            f"{seeds} seeds: how far a seed moves a figure is taken to be the same for all arms, and estimated from "
+            "all of them. What is not told from zero is not shown to be zero: the interval says how large it may be."
         )
+        if any(one.seeds < seeds for one in found):
+            lines.append("Rows with fewer seeds are of cells that are not finished; with one, over items alone.")
     missing = [cell.id for cell in grid.runs if not folders.is_finished(grid, cell)]
     if missing:
         lines.append(f"{len(missing)} runs are not finished and left out: {', '.join(missing)}.")
+    untested = findings.untested(results, found)
+    if untested:
+        lines.append(f"Not tested, for want of their cells: {', '.join(untested)}.")
     unmeasured = [name for name in grid.file.headline if not results.tasks(name)]
     if unmeasured:
         lines.append(f"Not measured: {', '.join(unmeasured)}.")

@@ -14,6 +14,7 @@ import torch
 
 from clip_train.ablation import cells as folders
 from clip_train.ablation.grid import Cell, Grid
+from clip_train.errors import UserError
 from clip_train.from_recipe.model import build_model, build_tokenizer
 
 
@@ -67,14 +68,23 @@ def write_table(grid: Grid) -> Path:
 
 
 def read_rows(grid: Grid) -> Iterator[Row]:
-    """Every figure of every finished cell; equal cells have the same ones."""
+    """Every figure of every finished cell; equal cells have the same ones.
+
+    Raises UserError where cells were probed with different picture generators, whose figures do not compare.
+    """
     sizes: dict[str, int] = {}
+    generators: dict[str, str] = {}
     for cell in grid.cells:
         run = cell if cell.same_as is None else grid.cell(cell.same_as)
         if not folders.is_finished(grid, run):
             continue
         if cell.name not in sizes:
             sizes[cell.name] = _parameters(cell)
+        for one in generators_of(grid.folder(cell), grid.file.probes):
+            generators.setdefault(one, cell.id)
+        if len(generators) > 1:
+            known = ", ".join(f"{name} with {one}" for one, name in generators.items())
+            raise UserError(f"{grid.out}: cells were probed with different generators ({known}): remove their probe/")
         for figure in read_figures(grid.folder(cell), grid.file.probes):
             yield Row(
                 cell.name, cell.seed, cell.levels, **figure, seconds=folders.seconds_of(grid, run) or 0.0,
@@ -108,6 +118,12 @@ def read_figures(folder: Path, probes: Sequence[str]) -> Iterator[dict[str, Any]
                 "metric": name, "measure": task["metric"], "value": task["value"], "chance": task.get("chance"),
                 "n": task.get("n"), "pool": task.get("pool"),
             }  # fmt: skip
+
+
+def generators_of(folder: Path, probes: Sequence[str]) -> set[str]:
+    """Fingerprints of the picture generators that a run was probed with."""
+    trees = [json.loads((folder / "probe" / f"{suite}.json").read_text(encoding="utf-8")) for suite in probes]
+    return {task["generator"] for tree in trees for task in tree["tasks"].values() if "generator" in task}
 
 
 def _values(row: Row, names: Sequence[str]) -> list[Any]:

@@ -1,10 +1,14 @@
 """Differences between two arms that were trained with several seeds and asked the same items.
 
 What is claimed is about other seeds *and* other items, so a difference has two errors: from the items, by paired
-bootstrap, and from the seeds, by their spread. They are added, and t takes Satterthwaite's degrees of freedom: where
-three seeds disagree it is 2, and the interval as wide as it must be.
+bootstrap, and from the seeds, by how far an arm's figure moves from seed to seed. Both hold the noise that a seed has
+on single items (arm × seed × item), so it is taken off once. t takes Satterthwaite's degrees of freedom.
 
-Shapes: `S` seeds, `C` cells of an arm (pools, say), `N` items.
+Three seeds of one difference say little of how far seeds move it (2 degrees of freedom). Where a grid has many arms
+with the same seeds, `pooled_spread` takes the spread of all of them, as the analysis of a randomised block design does,
+with the seeds as blocks (Montgomery, *Design and Analysis of Experiments*, chapter 4).
+
+Shapes: `A` arms, `S` seeds, `C` cells of a side (pools, say), `N` items.
 """
 
 from __future__ import annotations
@@ -15,82 +19,141 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from clip_train.errors import DataError
 from clip_train.evaluation.statistics import Floats, Interval, Kind, draws, statistic
 
+Groups = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How an arm's figure moves from seed to seed."""
+
+    variance: float
+    """Of one arm and seed, what all arms have in common with the seed taken out."""
+    freedom: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One figure of both sides: scores `(S, C, N)` of the first and of the second."""
+
+    first: Floats
+    second: Floats
+    labels: Floats | None = None
+    """`(N,)` for the kinds that need them."""
+    kind: Kind = "mean"
+    groups: Groups | None = None
+    """`(N,)`: items of one number are about the same thing, in this task and in others, and drawn together."""
+    factor: float = 1.0
+    """What a unit counts: 1 / (1 - chance) from chance to perfect, -1 where less is better."""
+
 
 @dataclass(frozen=True)
 class Difference:
-    """First arm less second."""
+    """First side less second."""
 
     by_seed: Floats
     """`(S,)`: the difference of each seed."""
     item_variance: float
     """Of the mean over seeds, from drawing other items."""
+    counted_twice: float
+    """The part of it that the spread over seeds holds as well: arm × seed × item."""
     items: int
+    """Groups that are drawn, of the task that has fewest."""
+    cells: int
+    """Arms that a side is the mean of."""
 
     @property
     def estimate(self) -> float:
         return float(self.by_seed.mean())
 
 
-def paired_difference(
-    first: Floats, second: Floats, labels: Floats | None = None, *, kind: Kind = "mean", resamples: int = 1000
-) -> Difference:
-    """`first`, `second` `(S, C, N)` scores, `labels (N,)` -> the difference, mean over cells.
+def paired_difference(tasks: Sequence[Task], *, resamples: int = 1000) -> Difference:
+    """The difference, mean over cells and tasks. An item that several tasks share is drawn for all of them at once.
 
-    Raises DataError where they do not pair up.
+    Raises DataError where sides do not pair up.
     """
-    if first.shape != second.shape or first.ndim != 3 or (labels is not None and len(labels) != first.shape[2]):
-        raise DataError(f"these do not pair up: {first.shape} and {second.shape}")
-    seeds, cells, items = first.shape
-
-    def differences(weights: Floats) -> Floats:  # (R, N) -> (R, S)
-        if kind == "mean":  # linear: the mean over cells may come first
-            return weights @ (first - second).mean(axis=1).T / weights.sum(axis=1, keepdims=True)
-        found = [
-            [statistic(kind, one[s, c], labels, weights) for c in range(cells)]
-            for one in (first, second)
-            for s in range(seeds)
-        ]
-        both = np.mean(found, axis=1).reshape(2, seeds, -1)
-        return (both[0] - both[1]).T
-
-    by_seed = differences(np.ones((1, items)))[0]
-    drawn = differences(_kept_draws(items, resamples)).mean(axis=1)
-    return Difference(by_seed, float(drawn.var(ddof=1)), items)
+    shape = tasks[0].first.shape
+    for task in tasks:
+        fits = all(one is None or len(one) == task.first.shape[-1] for one in (task.labels, task.groups))
+        same = task.first.shape == task.second.shape and task.first.shape[:2] == shape[:2]
+        if task.first.ndim != 3 or not fits or not same:
+            raise DataError(f"these do not pair up: {task.first.shape} and {task.second.shape}")
+    seeds, cells = shape[:2]
+    places, count = _places(tasks)
+    by_seed = np.mean([_differences(task, np.ones((1, task.first.shape[2])))[0] for task in tasks], axis=0)
+    weights = _kept_draws(count, resamples)
+    drawn = np.mean([_differences(task, weights[:, at]) for task, at in zip(tasks, places, strict=True)], axis=0)
+    of_mean, of_each = float(drawn.mean(axis=1).var(ddof=1)), float(drawn.var(axis=0, ddof=1).mean())
+    twice = max(0.0, of_each - of_mean) / (seeds - 1) if seeds > 1 else 0.0
+    return Difference(by_seed, of_mean, twice, min(len(np.unique(at)) for at in places), cells)
 
 
-def mean_difference(parts: Sequence[Difference]) -> Difference:
-    """The mean over several tasks, whose items are others: their item variances add up."""
-    return Difference(
-        np.mean([part.by_seed for part in parts], axis=0),
-        sum(part.item_variance for part in parts) / len(parts) ** 2,
-        min(part.items for part in parts),
-    )
+def _places(tasks: Sequence[Task]) -> tuple[list[Groups], int]:
+    """For each task `(N,)`, which draw is its item's; and how many are drawn. Items without a group are their own."""
+    known = [task.groups for task in tasks if task.groups is not None]
+    names = np.unique(np.concatenate(known)) if known else np.array([], dtype=np.int64)
+    places, count = list[Groups](), len(names)
+    for task in tasks:
+        if task.groups is None:
+            places.append(np.arange(count, count + task.first.shape[2]))
+            count += task.first.shape[2]
+        else:
+            places.append(np.searchsorted(names, task.groups))
+    return places, count
 
 
-def scaled(difference: Difference, factor: float) -> Difference:
-    """In other units: by 1 / (1 - chance), say, or by -1 where less is better."""
-    return Difference(difference.by_seed * factor, difference.item_variance * factor**2, difference.items)
+def _differences(task: Task, weights: Floats) -> Floats:
+    """How often each item was drawn `(R, N)` -> `(R, S)`, in the task's units."""
+    if task.kind == "mean":  # linear: the mean over cells may come first
+        found = weights @ (task.first - task.second).mean(axis=1).T / weights.sum(axis=1, keepdims=True)
+        return found * task.factor
+    seeds, cells, _ = task.first.shape
+    values = [
+        [statistic(task.kind, one[s, c], task.labels, weights) for c in range(cells)]
+        for one in (task.first, task.second)
+        for s in range(seeds)
+    ]
+    both = np.mean(values, axis=1).reshape(2, seeds, -1)
+    return (both[0] - both[1]).T * task.factor
 
 
-def interval(difference: Difference, level: float = 0.95) -> Interval:
-    """t interval and two-sided p value over items and seeds; over items alone where there is one seed."""
-    seeds = len(difference.by_seed)
-    from_seeds = float(difference.by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    variance = difference.item_variance + from_seeds
+def pooled_spread(values: Floats) -> Spread | None:
+    """Of a figure of all arms `(A, S)`, means of arms and of seeds taken out; None for one arm or one seed."""
+    arms, seeds = values.shape
+    if arms < 2 or seeds < 2:
+        return None
+    left = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0, keepdims=True) + values.mean()
+    freedom = (arms - 1) * (seeds - 1)
+    return Spread(float((left**2).sum()) / freedom, freedom)
+
+
+def interval(difference: Difference, spread: Spread | None = None, level: float = 0.95) -> Interval:
+    """t interval and two-sided p value over items and seeds; over items alone where there is one seed.
+
+    Args:
+        spread: of all arms; without it, that of the difference's own seeds is taken.
+    """
+    seeds, found = len(difference.by_seed), difference.estimate
+    from_seeds, freedom = 0.0, 1.0
+    if seeds > 1 and spread is None:
+        from_seeds, freedom = float(difference.by_seed.var(ddof=1)) / seeds, seeds - 1
+    elif seeds > 1 and spread is not None:
+        from_seeds, freedom = spread.variance * 2 / difference.cells / seeds, spread.freedom
+    whole = difference.item_variance + from_seeds - difference.counted_twice
+    variance = max(whole, difference.item_variance, from_seeds)
     if variance <= 0:
-        same = difference.estimate == 0
-        return Interval(difference.estimate, difference.estimate, difference.estimate, level, 1.0 if same else 0.0)
-    parts = difference.item_variance**2 / max(1, difference.items - 1) + from_seeds**2 / max(1, seeds - 1)
+        return Interval(found, found, found, level, 1.0 if found == 0 else 0.0)
+    parts = difference.item_variance**2 / max(1, difference.items - 1) + from_seeds**2 / freedom
     freedom = variance**2 / parts
     error = math.sqrt(variance)
     reach = float(stats.t.ppf((1 + level) / 2, freedom)) * error
-    p = float(2 * stats.t.sf(abs(difference.estimate) / error, freedom))
-    return Interval(difference.estimate, difference.estimate - reach, difference.estimate + reach, level, p)
+    p = float(2 * stats.t.sf(abs(found) / error, freedom))
+    return Interval(found, found - reach, found + reach, level, p)
 
 
 @lru_cache(maxsize=2)

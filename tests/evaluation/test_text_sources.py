@@ -169,7 +169,7 @@ def test_fine_tuning_learns_what_the_frozen_tower_hides() -> None:
     result = finetune_task(encoder, task, settings)
     assert result.name == "exp1/colour/finetuned" and result.pool == "own"
     assert result.value == 1.0 and result.more["by_seed"] == [1.0, 1.0]
-    assert result.items[""].mean() == pytest.approx(result.value)
+    assert result.items[""].shape == (2, 40) and result.items[""].mean() == pytest.approx(result.value)
     assert all(torch.equal(before[name], value) for name, value in tower.state_dict().items())
     rated = TextTask(
         "heat", "ratings", {name: split_of([[t, a + 5.0] for t, a in zip(one.first, one.answers, strict=True)])

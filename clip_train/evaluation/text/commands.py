@@ -84,10 +84,13 @@ def run_probe(args: argparse.Namespace) -> int:
         console.print(table_of(name, found[name]))
         console.print(f"{out / 'text.json'}, {out / 'text.npz'}", soft_wrap=True)
     if len(found) > 1:
-        from clip_train.evaluation.text.compare import compare, write_comparison
+        from clip_train.evaluation.text.compare import compare, kind_of, write_comparison
 
         differences = compare(found)
         console.print(comparison_table(list(found), differences))
+        apart = {one.name for results in found.values() for one in results if kind_of(one) is None}
+        if apart:
+            console.print(f"not compared, being no mean, area or correlation of items: {', '.join(sorted(apart))}")
         target = (args.out or next(iter(places.values()))) / "comparison.json"
         write_comparison(target, list(found), differences)
         console.print(str(target), soft_wrap=True)

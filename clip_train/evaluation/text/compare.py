@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from clip_train.evaluation import statistics
-from clip_train.evaluation.text.results import TaskResult
+import numpy as np
 
-_KINDS: dict[str, statistics.Kind] = {
-    "accuracy": "mean", "auc": "auc", "pearson": "pearson", "spearman": "spearman"
-}  # fmt: skip
+from clip_train.evaluation import comparison, statistics
+from clip_train.evaluation.comparison import Task
+from clip_train.evaluation.text.results import TaskResult
 
 
 @dataclass(frozen=True)
@@ -27,42 +26,47 @@ class Difference:
     low: float
     high: float
     p: float
-    """Of the paired bootstrap, corrected by Holm over all differences of the comparison."""
+    """Over items, and over seeds where there are several; corrected by Holm over all differences of the comparison."""
     williams_p: float | None
     """Of Williams' test for two correlations with one rating, not corrected; None where there is no correlation."""
 
 
-def compare(results: Mapping[str, Sequence[TaskResult]]) -> list[Difference]:
-    """Every encoder after the first against the first, on the tasks that both have.
+def kind_of(result: TaskResult) -> statistics.Kind | None:
+    """How a figure comes of its items; None where it cannot be drawn again from them (Matthews', F1)."""
+    if result.metric in ("auc", "pearson", "spearman"):
+        return result.metric
+    return "mean" if "" in result.items else None
 
-    Metrics that are no mean, area or correlation (Matthews', F1) are left out.
-    """
+
+def compare(results: Mapping[str, Sequence[TaskResult]]) -> list[Difference]:
+    """Every encoder after the first against the first, on the tasks that both have and that have a `kind_of`."""
     names = list(results)
     reference = {one.name: one for one in results[names[0]]}
     found: list[Difference] = []
     for name in names[1:]:
         for one in results[name]:
-            base = reference.get(one.name)
-            kind = _KINDS.get(one.metric)
+            base, kind = reference.get(one.name), kind_of(one)
             if base is None or kind is None:
                 continue
-            suffix = "" if kind == "mean" else ":score"
-            labels = None if kind == "mean" else one.items[":label"]
-            interval = statistics.paired_bootstrap(
-                one.items[suffix], base.items[suffix], labels, kind=kind, resamples=2000
-            )
+            labels = one.items.get(":label")
+            mine, theirs = _scores(one), _scores(base)
+            task = Task(mine[:, None], theirs[:, None], labels, kind)
+            interval = comparison.interval(comparison.paired_difference([task]))
             williams = None
-            if kind in ("pearson", "spearman"):
+            if kind in ("pearson", "spearman") and len(mine) == 1:
                 rank = statistics.spearman if kind == "spearman" else statistics.pearson
-                mine, theirs = one.items[":score"], base.items[":score"]
-                between = rank(mine, theirs).r
-                williams = statistics.williams(one.value, base.value, between, one.n).p
+                williams = statistics.williams(one.value, base.value, rank(mine[0], theirs[0]).r, one.n).p
             found.append(
                 Difference(one.name, name, one.metric, one.value, base.value, interval.low, interval.high, interval.p,
                            williams)
             )  # fmt: skip
     corrected = statistics.holm([one.p for one in found])
     return [replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
+
+
+def _scores(result: TaskResult) -> statistics.Floats:
+    """`(S, N)`, one seed but for what was fine-tuned."""
+    return np.atleast_2d(result.items["" if "" in result.items else ":score"]).astype(np.float64)
 
 
 def write_comparison(path: Path, encoders: Sequence[str], differences: Sequence[Difference]) -> None:

@@ -1,7 +1,7 @@
 """Fine-tuning: the whole tower and a linear head on a task of experiment 1, for comparison with frozen probes.
 
 As BERT's authors do it (Devlin et al. 2019) and Chen et al. 2023 after them: AdamW, linear warm-up over a tenth of the
-steps and linear decay, a few epochs. Beyond them: several seeds, the best epoch and the pool from dev.
+steps and linear decay, a few epochs. Beyond them: several seeds, and the best epoch from dev.
 
 Shapes: `B` texts, `L` tokens, `W` width, `C` outputs: classes, or one rating.
 """
@@ -42,10 +42,11 @@ class Settings:
 
 
 def finetune_task(encoder: PooledEncoder, task: TextTask, settings: Settings, pool: str | None = None) -> TaskResult:
-    """`exp1/NAME/finetuned`: the mean over seeds; items are means over seeds too. The encoder stays as it was.
+    """`exp1/NAME/finetuned`: the mean over seeds; items are `(S, n)`. The encoder stays as it was.
 
     Args:
-        pool: by default the own one, or `mean` where the own one cannot see a second text.
+        pool: by default the own one, or `mean` where the own one cannot see a second text. It is not chosen on dev, as
+            that of a probe is: every pool would have to be fine-tuned.
     """
     check_learnable(task)
     started = time.perf_counter()
@@ -57,9 +58,9 @@ def finetune_task(encoder: PooledEncoder, task: TextTask, settings: Settings, po
     values = [measure(task.metric, predicted, test.answers) for _, predicted in runs]
     if task.metric == "accuracy":
         right = np.stack([(predicted == test.answers).astype(np.float64) for _, predicted in runs])
-        items = {"": right.mean(axis=0)}
+        items = {"": right}
     else:
-        items = {":score": np.stack([predicted for _, predicted in runs]).mean(axis=0), ":label": test.answers}
+        items = {":score": np.stack([predicted for _, predicted in runs]), ":label": test.answers}
     return TaskResult(
         f"exp1/{task.name}/finetuned", task.metric, float(np.mean(values)), chance_of(task), pool, len(test),
         time.perf_counter() - started, items,
