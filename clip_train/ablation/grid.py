@@ -196,7 +196,7 @@ def _check_comparison(comparison: Comparison, plans: dict[str, _Plan], file: Gri
         if name not in file.comparisons:
             raise ConfigError(f"{where}: comparisons: no control {name!r}.{nearest(name, file.comparisons)}")
     for name in comparison.expect:
-        if name not in file.headline:
+        if file.headline and name not in file.headline:
             raise ConfigError(
                 f"{where}: comparisons: expect speaks of {name!r}.{nearest(name, file.headline, 'Headline')}"
             )

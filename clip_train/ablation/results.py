@@ -198,10 +198,10 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
         for probe in arrays:
             if task in probe:
                 scores = _floats(probe[task])
-                return Items("mean", scores, None, _groups_of_texts(task, len(scores)))
+                return Items("mean", scores, None, groups_of_texts(task, len(scores)))
             if f"{task}:score" in probe:
                 scores, labels = _floats(probe[f"{task}:score"]), _floats(probe[f"{task}:label"])
-                return Items(kind_of(measure), scores, labels, _groups_of_texts(task, len(scores)))
+                return Items(kind_of(measure), scores, labels, groups_of_texts(task, len(scores)))
         return None
     _, name, *way, short = task.split("/")
     arrays = _load(folder / "eval" / f"{name}.npz")
@@ -209,11 +209,11 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
     cutoff = {"top1": 1, "top5": 5}.get(short) or (int(short[2:]) if short.startswith("r@") else None)
     if ranks is None or cutoff is None:
         return None
-    groups = _groups_of_pairs(arrays["pair_image"], arrays["pair_caption"], way[0]) if way else None
+    groups = groups_of_pairs(arrays["pair_image"], arrays["pair_caption"], way[0]) if way else None
     return Items("mean", (ranks < cutoff).astype(np.float64), None, groups)
 
 
-def _groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:
+def groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:
     """Pictures and captions that pairs connect are one group: captions of one picture are no independent items."""
     count = int(images.max()) + 1
     nodes = count + int(captions.max()) + 1
@@ -223,7 +223,7 @@ def _groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:
 
 
 @lru_cache(maxsize=64)
-def _groups_of_texts(task: str, items: int) -> Groups | None:
+def groups_of_texts(task: str, items: int) -> Groups | None:
     """Items of embedded tasks whose (first) texts have the same words: a name that is asked about several times, a
     sentence and its words in another order."""
     experiment, name, *_ = task.split("/")

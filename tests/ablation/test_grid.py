@@ -18,6 +18,7 @@ GRID = """
 name = "tiny-grid"
 recipe = "recipe.toml"
 seeds = [0, 1]
+headline = ["exp1"]
 exclude = [{ mask = "causal", pool = "cls" }]
 
 [axes.mask]
@@ -129,6 +130,17 @@ def test_shares_are_a_partition_that_keeps_chains(grid_of: Callable[..., Grid]) 
             "[budgets.small]",
             '[comparisons.c]\nquestion = "?"\nfirst = ["again"]\nsecond = ["tuned", "again"]\n[budgets.small]',
             "as many of both",
+        ),
+        (
+            "[budgets.small]",
+            '[comparisons.c]\nquestion = "?"\nfirst = ["again"]\nsecond = ["tuned"]\ncontrol = ["d"]\n[budgets.small]',
+            "no control 'd'",
+        ),
+        (
+            "[budgets.small]",
+            '[comparisons.c]\nquestion = "?"\nfirst = ["again"]\nsecond = ["tuned"]\nexpect = { exp = "first" }\n'
+            "[budgets.small]",
+            "expect speaks of 'exp'. Did you mean exp1",
         ),
     ],
 )

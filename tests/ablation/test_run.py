@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from clip_train.ablation import main
+from clip_train.ablation import main, results
 from clip_train.ablation.cells import Lock
 from clip_train.ablation.main import ablate
-from clip_train.errors import UserError
+from clip_train.errors import ConfigError, UserError
+from clip_train.evaluation.text.tasks import load_embedded
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
 GRID = """
@@ -28,7 +30,11 @@ name = "tiny-grid"
 recipe = "recipe.toml"
 seeds = [0, 1]
 probes = ["text"]
-headline = ["zeroshot/style/top1", "exp1", "exp2"]
+headline = ["zeroshot/style/top1", "exp1", "exp2", "topics"]
+
+[means.topics]
+title = "what texts are about"
+of = ["exp1/topic"]
 
 [axes.mask]
 causal = ["text.attention=causal"]
@@ -47,6 +53,14 @@ question = "Is looking back enough?"
 first = ["bidirectional-eot", "bidirectional-mean"]
 second = ["causal-eot", "causal-mean"]
 expect = { exp1 = "first", exp2 = "second" }
+control = ["pool", "learned"]
+
+[comparisons.learned]
+question = "Is anything learned?"
+first = ["bidirectional-eot"]
+second = ["causal-eot"]
+expect = { topics = "first" }
+control = ["pool"]
 
 [comparisons.pool]
 question = "Is the mean better?"
@@ -211,6 +225,36 @@ def test_plan_counts_and_measures(grid: Path, capsys: pytest.CaptureFixture[str]
     assert not (grid.parent / "out/cells").exists()
 
 
+def test_a_vocabulary_of_other_settings_is_refused(grid: Path, tmp_path: Path, log: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red fox\na blue fox\n" * 50)
+    text = GRID + f'\n[vocabulary]\ncaptions = "{captions}"\nsize = 530\n'
+    grid.write_text(text)
+    assert run(grid) == 0
+    shutil.rmtree(tmp_path / "out/cells")
+    grid.write_text(text.replace("530", "540"))
+    with pytest.raises(ConfigError, match=r"vocabulary\.json was learned with .*530"):
+        run(grid)
+
+
+def test_items_about_one_thing_are_one_group() -> None:
+    # Picture 0 has captions 0 and 1, picture 1 shares caption 1, picture 2 has caption 2 alone.
+    images, captions = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])
+    a, b, c = results.groups_of_pairs(images, captions, "image_to_text").tolist()
+    assert a == b != c
+    assert results.groups_of_pairs(images, captions, "text_to_image").tolist() == [a, a, c]
+    split = load_embedded("same_picture").splits["test"]
+    groups = results.groups_of_texts("exp2/same_picture/centred", len(split))
+    assert groups is not None
+    by_name: dict[str, set[int]] = {}
+    for name, group in zip(split.first, groups.tolist(), strict=True):
+        by_name.setdefault(" ".join(sorted(name.split())), set()).add(group)
+    assert all(len(found) == 1 for found in by_name.values())
+    assert len(set(groups.tolist())) == len(by_name) < len(split)
+    near = results.groups_of_texts("exp2/same_picture_near", len(load_embedded("same_picture_near").splits["test"]))
+    assert near is not None and set(near.tolist()) & set(groups.tolist()), "tasks share what they ask about"
+
+
 def test_table_and_report(grid: Path) -> None:
     import pyarrow.parquet
 
@@ -230,7 +274,8 @@ def test_table_and_report(grid: Path) -> None:
 
     said = (out / "report.md").read_text()
     tests = [line.split(" | ") for line in said.splitlines() if line.startswith("| Is ")]
-    assert len(tests) == 6
+    assert len(tests) == 12
+    assert all(line[6] == "3" for line in tests)
     by_question = {(line[0].strip("| "), line[2]): line for line in tests}
     # The stand-in's bidirectional cells are better, by how much is known; pools make no difference.
     mask = by_question["Is looking back enough?", "general text (exp. 1)"]
@@ -238,9 +283,10 @@ def test_table_and_report(grid: Path) -> None:
         [read_hits(out, f"{m}-{p}", s) for p in ("eot", "mean") for s in range(3)] for m in ("bidirectional", "causal")
     ]
     assert float(mask[3].split()[0]) == pytest.approx(100 * (np.mean(hits[0]) - np.mean(hits[1])) / 0.5, abs=0.06)
-    assert mask[6].strip(" |") == "reproduced"
-    assert by_question["Is looking back enough?", "vision-centric text (exp. 2)"][6].strip(" |") == "refuted"
-    assert by_question["Is the mean better?", "general text (exp. 1)"][6].strip(" |") == "undecided"
+    assert mask[7].strip(" |") == "reproduced"
+    assert by_question["Is looking back enough?", "vision-centric text (exp. 2)"][7].strip(" |") == "refuted"
+    assert by_question["Is the mean better?", "general text (exp. 1)"][7].strip(" |") == "undecided"
+    assert by_question["Is anything learned?", "what texts are about"][7].strip(" |") == "not testable"
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 2 * 5
     assert {path.stem for path in (out / "report").iterdir()} == {
