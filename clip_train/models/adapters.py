@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class TransformersText(TextTower):
         pool, eot_id: see `TextTower`.
 
     Raises:
-        ValueError: not one of `name` and `path`; an unknown name or argument; a directory without configuration or
+        ValueError: transformers is not installed; not one of `name` and `path`; an unknown name or argument; a directory without configuration or
             weights, or with fewer ids than the vocabulary; an architecture that is no encoder of texts as long as
             `context_length`, or that leaves parameters without a part in its tokens.
     """
@@ -107,6 +108,8 @@ class TransformersText(TextTower):
             raise ValueError("give either name (an architecture from scratch) or path (a directory with weights)")
         if path is not None and arguments:
             raise ValueError(f"arguments are of an architecture by name; {path} brings its own configuration")
+        if find_spec("transformers") is None:
+            raise ValueError("a text tower of transformers needs that library: pip install 'clip-train[probe]'")
         backbone: Any = (
             _from_scratch(name, vocab_size, arguments or {}) if name else _from_directory(str(path), vocab_size)
         )

@@ -146,3 +146,9 @@ def save_other_vocabulary(merges: tuple[tuple[str, str], ...], path: Path) -> No
     specials = {"pad": "<|PAD|>", "mask": "<|MASK|>", "sot": "<|SOT|>", "eot": "<|EOT|>"}
     ids = {role: size + place for place, role in enumerate(specials)}
     BPETokenizer(Vocabulary(merges, specials, ids, 12)).save(path)
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_train.models.adapters.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'clip-train\[probe\]'"):
+        tower("bert")
