@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ def dots(panels: Sequence[Dots], rows: Sequence[str], groups: Mapping[str, int],
                 column.axvline(scale * panel.chance, color=theme.chance, linewidth=1, linestyle=(0, (2, 2)))
             low, high = column.get_xlim()
             column.set_xlim(low, high + 0.24 * (high - low))  # for the figures at the right
-            column.set_title(panel.title + (" (%)" if panel.percent else ""), loc="left", fontsize=8.5)
+            title = fill(panel.title + (" (%)" if panel.percent else ""), 30)
+            column.set_title(title, loc="left", fontsize=8.5)
             column.set_yticks(range(len(rows)), list(rows))
             column.set_ylim(len(rows) - 0.5, -0.5)
             column.tick_params(axis="y", labelcolor=theme.ink)

@@ -26,8 +26,8 @@ NAMES = {
     "exp1": "general text (exp. 1)",
     "exp2": "vision-centric text (exp. 2)",
     "exp3": "text to image (exp. 3)",
-    "exp3/caption": "caption → drawing, bits a code saved (exp. 3)",
-    "exp3/concept": "drawing → concept, rank (exp. 3)",
+    "exp3/caption": "bits saved by text (exp. 3)",
+    "exp3/concept": "concept drawn (exp. 3)",
     "text_to_image": "caption → picture",
     "image_to_text": "picture → caption",
 }
