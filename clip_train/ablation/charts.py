@@ -118,7 +118,9 @@ def _tasks(results: Results) -> Callable[[Theme], Figure] | None:
     )
     written = [[results.written(name, means[cell, name]) for name in names] for cell in results.cells]
     labels = [
-        f"{name.partition('/')[0][3:]} · {name.partition('/')[2]}" if name.startswith("exp") else _short(results, name)
+        f"{name.partition('/')[0][3:]} · {name.partition('/')[2].removesuffix('/centred')}"
+        if name.startswith("exp")
+        else _short(results, name)
         for name in names
     ]
     return lambda theme: figures.tasks(results.cells, labels, values, written, theme)

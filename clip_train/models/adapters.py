@@ -88,9 +88,9 @@ class TransformersText(TextTower):
         pool, eot_id: see `TextTower`.
 
     Raises:
-        ValueError: transformers is not installed; not one of `name` and `path`; an unknown name or argument; a directory without configuration or
-            weights, or with fewer ids than the vocabulary; an architecture that is no encoder of texts as long as
-            `context_length`, or that leaves parameters without a part in its tokens.
+        ValueError: transformers is not installed; not one of `name` and `path`; an unknown name or argument; a
+            directory without configuration or weights, or with fewer ids than the vocabulary; an architecture that is
+            no encoder of texts as long as `context_length`, or that leaves parameters without a part in its tokens.
     """
 
     def __init__(
