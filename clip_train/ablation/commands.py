@@ -12,7 +12,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     ablate.add_argument("grid", type=Path, metavar="GRID", help="a TOML file, as configs/ablations/text-tower.toml")
     ablate.add_argument("--budget", metavar="NAME", help="of the grid's budgets; default: everything")
     ablate.add_argument("--out", type=Path, metavar="DIR", help="default: runs/GRID, or runs/GRID-BUDGET")
-    ablate.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, cores // N threads each")
+    ablate.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at once, cores // N threads each (default: 1 beside a GPU, else one a core, four at most)",
+    )
     ablate.add_argument("--share", metavar="I/N", help="the I-th of N parts, for arrays of jobs")
     what = ablate.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="show runs, steps and measured time, and stop")

@@ -33,7 +33,7 @@ def ablate(
     out: Path | None,
     *,
     budget: str | None,
-    jobs: int,
+    jobs: int | None,
     share: str | None,
     plan_only: bool,
     report_only: bool,
@@ -45,6 +45,8 @@ def ablate(
     Raises UserError, before anything is trained, for a grid, a recipe or a share that cannot be, and for folders of
     another grid.
     """
+    if jobs is None:  # small runs on a CPU gain little from threads; of a GPU there is one
+        jobs = 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1")
     grid = load_grid(path, out or Path("runs") / "-".join([path.stem, *([budget] if budget else [])]), budget)
