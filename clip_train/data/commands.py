@@ -53,7 +53,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect = commands.add_parser("inspect", help="what is in shards: sizes, captions, duplicates, broken samples")
     inspect.add_argument("patterns", nargs="+", metavar="PATTERN", help="as `shards` in a recipe")
     inspect.add_argument(
-        "--image", metavar="EXT", help="as in a recipe, for example 'jpg;png' (default: what is there)"
+        "--image",
+        metavar="EXT",
+        help="as in a recipe, for example 'jpg;png' (default: what is there); none: texts alone",
     )
     inspect.add_argument(
         "--caption", metavar="COL", help="txt, json.FIELD or json.FIELD[:N], as in a recipe (default: what is there)"
@@ -135,6 +137,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     from clip_train.data.inspect_fix import check_destination, fix
     from clip_train.data.inspect_report import show
     from clip_train.data.inspect_sheet import contact_sheet
+    from clip_train.data.pack_shard import NO_PICTURE
     from clip_train.errors import DataError
     from tokenizer.commands import open_tokenizer
 
@@ -166,7 +169,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found.figures, indent=1, ensure_ascii=False)
         (args.out / "inspect.json").write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
-        contact_sheet(args.out / "contact_sheet.png", found.scans, found.good, found.image)
+        if found.image != NO_PICTURE:
+            contact_sheet(args.out / "contact_sheet.png", found.scans, found.good, found.image)
         console.print(f"{args.out}: inspect.json, contact_sheet.png", soft_wrap=True)
     if args.fix is not None:
         fixed = fix(found, args.fix)

@@ -25,7 +25,7 @@ from clip_train.data.inspect_figures import (
     shard_figures,
 )
 from clip_train.data.inspect_shard import Broken, Measured, Scan, Work, measure, scan
-from clip_train.data.pack_shard import CAPTION_FIELDS, EXTENSIONS
+from clip_train.data.pack_shard import CAPTION_FIELDS, EXTENSIONS, NO_PICTURE
 from clip_train.data.pack_workers import progress_bar, worker_pool
 from clip_train.data.remote import is_remote
 from clip_train.data.shards import AT_ONCE, resolve
@@ -44,7 +44,7 @@ class Inspection:
     patterns: list[str]
     scans: list[Scan]
     image: str
-    """The column of the pictures, as a recipe names it."""
+    """The column of the pictures, as a recipe names it, or `NO_PICTURE`."""
     caption: str
     measured: list[Measured]
     """Samples that were looked at, in the order of the shards."""
@@ -76,7 +76,8 @@ def inspect(
 
     Args:
         patterns: as `shards` in a recipe.
-        image, caption: columns as in a recipe; by default what the shards hold under usual names.
+        image, caption: columns as in a recipe; by default what the shards hold under usual names. `image="none"` is for
+            shards of texts alone.
         tokenizer: what captions are measured with; None is the shipped one.
         sample: look at so many samples only, drawn evenly. Headers are always read whole.
         workers: processes; 0 works in this one.
@@ -97,7 +98,8 @@ def inspect(
         raise DataError(f"no sample can be read: {'; '.join(one.damage or '' for one in scans[:3])}")
     image = image or _image_column(indexes)
     caption = caption or _caption_column(indexes)
-    _check(image, "image", indexes)
+    if image != NO_PICTURE:
+        _check(image, "image", indexes)
     _check(caption, "caption", indexes)
     measured = list(_measure_all(scans, image, caption, tokenizer, sample, workers, console))
     known = {(one.shard, one.key) for each in scans for one in each.broken}
@@ -110,9 +112,9 @@ def inspect(
     figures: Figures = {
         **shard_figures(scans),
         "looked_at": len(measured),
-        "image": picture_figures(image, measured),
+        "image": None if image == NO_PICTURE else picture_figures(image, measured),
         "captions": caption_figures(caption, measured, tokenizer),
-        "duplicates": duplicate_figures(scans, measured),
+        "duplicates": None if image == NO_PICTURE else duplicate_figures(scans, measured),
         "broken": [one._asdict() for one in broken],
     }
     figures["stanza"] = recipe_stanza(patterns, [one.shard for one in scans], image, caption, figures)
@@ -140,7 +142,8 @@ def _measure_all(
         assert index is not None
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
-            jobs.append(Work(number, index, chunk, columns.parse(image), columns.parse(caption)))
+            pictures = None if image == NO_PICTURE else columns.parse(image)
+            jobs.append(Work(number, index, chunk, pictures, columns.parse(caption)))
     task = partial(measure, tokenizer=tokenizer)
     with worker_pool(workers) as pool, progress_bar(console, len(places)) as progress:
         bar = progress.add_task("looking", total=len(places), skipped=0)
@@ -161,7 +164,7 @@ def _image_column(indexes: Sequence[ShardIndex]) -> str:
     found = [name for name, _ in counts.most_common() if name in {*EXTENSIONS.values(), "jpeg", "tiff"}]
     if not found:
         raise DataError(f"{indexes[0].shard}: no member has a picture's name. It holds {indexes[0].contents()}. Name "
-                        "the pictures' extension with --image.")  # fmt: skip
+                        "the pictures' extension with --image; of texts alone say --image none.")  # fmt: skip
     return ";".join(found)
 
 

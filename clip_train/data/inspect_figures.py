@@ -12,6 +12,7 @@ import numpy as np
 
 from clip_train.data.inspect_duplicates import NEAR, equal_groups, near_groups
 from clip_train.data.inspect_shard import Measured, Scan, img2dataset_stats
+from clip_train.data.pack_shard import NO_PICTURE
 from clip_train.data.remote import is_remote
 from clip_train.data.shards import EMBEDDED, data_fingerprint
 from tokenizer import BPETokenizer
@@ -137,7 +138,7 @@ def recipe_stanza(patterns: list[str], shards: list[str], image: str, caption: s
     lines = [
         "[data.sources.mine]",
         f"shards = {json.dumps(named[0] if len(named) == 1 else named, ensure_ascii=False)}",
-        f"image = {json.dumps(image)}",
+        *([] if image == NO_PICTURE else [f"image = {json.dumps(image)}"]),
         f"caption = {json.dumps(caption, ensure_ascii=False)}",
     ]
     several = figures["captions"]["a_sample"].get("max", 1) > 1

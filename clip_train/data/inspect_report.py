@@ -22,13 +22,14 @@ def show(found: Inspection, console: Console) -> None:
     table.add_row("shards", f"{len(shards)}, {figures['bytes'] / 1e6:,.1f} MB")
     table.add_row("samples", f"{figures['samples']:,}" + _partly(figures))
     table.add_row("members", _counts(figures["extensions"]))
-    table.add_row("pictures", f"{found.image}: {_counts(image['formats'])}; modes {_counts(image['modes'])}")
-    table.add_row("width", _spread(image["width"]))
-    table.add_row("height", _spread(image["height"]))
-    table.add_row("bytes a picture", _spread(image["bytes"]))
-    table.add_row("frequent sizes", _counts(dict(list(image["sizes"].items())[:5])))
-    if image["blank"]:
-        table.add_row("of one colour", f"{image['blank']:,}")
+    if image is not None:
+        table.add_row("pictures", f"{found.image}: {_counts(image['formats'])}; modes {_counts(image['modes'])}")
+        table.add_row("width", _spread(image["width"]))
+        table.add_row("height", _spread(image["height"]))
+        table.add_row("bytes a picture", _spread(image["bytes"]))
+        table.add_row("frequent sizes", _counts(dict(list(image["sizes"].items())[:5])))
+        if image["blank"]:
+            table.add_row("of one colour", f"{image['blank']:,}")
     table.add_row("captions", f"{found.caption}: {captions['captions']:,}, {captions['distinct']:,} of them distinct")
     table.add_row("captions a sample", _spread(captions["a_sample"]))
     table.add_row("tokens a caption", _spread(captions["tokens"]))
@@ -38,6 +39,8 @@ def show(found: Inspection, console: Console) -> None:
     for text, count in list(captions["most_frequent"].items())[:3]:
         table.add_row("frequent caption", Text(f"{count:,} times: {text[:80]}"))
     for kind, what in (("bytes", "equal files"), ("pixels", "equal pixels"), ("look_alikes", "look-alikes")):
+        if figures["duplicates"] is None:
+            break
         one = figures["duplicates"][kind]
         example = f", for example {' = '.join(_short(name) for name in one['samples'][0][:3])}" if one["groups"] else ""
         table.add_row(what, Text(f"{one['surplus']:,} beside the {one['groups']:,} first ones{example}"))

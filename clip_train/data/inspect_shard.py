@@ -120,7 +120,8 @@ class Work:
     shard: int
     index: ShardIndex
     rows: list[int]
-    image: tuple[Column, ...]
+    image: tuple[Column, ...] | None
+    """None looks at captions alone."""
     caption: tuple[Column, ...]
 
 
@@ -137,11 +138,15 @@ def measure(work: Work, tokenizer: BPETokenizer) -> list[Measured]:
 def _measure(work: Work, row: int, files: ShardFiles, tokenizer: BPETokenizer) -> Measured:
     key = work.index.key(row)
     try:
-        column, data = columns.read(files, work.index, row, work.image)
-        pixels = decode(data)
-        captions = columns.read_captions(*columns.read(files, work.index, row, work.caption))
+        found = None if work.image is None else columns.read(files, work.index, row, work.image)
+        pixels = None if found is None else decode(found[1])
+        captions = tuple(columns.read_captions(*columns.read(files, work.index, row, work.caption)))
     except (BadSampleError, DecodeError) as error:
         return Measured(work.shard, row, key, str(error))
+    tokens = tuple(len(tokenizer.encode(text)) + 2 for text in captions)
+    if found is None or pixels is None:
+        return Measured(work.shard, row, key, None, captions=captions, tokens=tokens)
+    column, data = found
     with Image.open(io.BytesIO(data)) as image:
         stored = (image.format or column.extension, image.mode)
     return Measured(
@@ -157,8 +162,8 @@ def _measure(work: Work, row: int, files: ShardFiles, tokenizer: BPETokenizer) -
         pixel_hash=hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest(),
         dhash=difference_hash(pixels),
         blank=bool((pixels == pixels[0, 0]).all()),
-        captions=tuple(captions),
-        tokens=tuple(len(tokenizer.encode(text)) + 2 for text in captions),
+        captions=captions,
+        tokens=tokens,
     )
 
 

@@ -24,6 +24,7 @@ from tars import BytesTokenizer, encoded
 from clip_train.cli import main
 from clip_train.data.files import ShardFiles
 from clip_train.data.index_files import parse_index
+from clip_train.data.inspect import inspect
 from clip_train.data.pack import pack
 from clip_train.data.pack_shard import PictureOptions, encode_picture
 from clip_train.data.pack_sources import open_source
@@ -155,6 +156,9 @@ def test_texts_alone(tmp_path: Path) -> None:
     assert captions(tmp_path / "a") == [[text] for text in texts]
     assert unpacked(tmp_path / "a") == unpacked(tmp_path / "b")
     assert "image" not in packed.stanza()
+    found = inspect(f"{tmp_path}/a/*.tar", image="none")
+    assert found.broken == [] and [one.captions for one in found.measured] == [(text,) for text in texts]
+    assert found.stanza == packed.stanza()
     with pytest.raises(DataError, match=r"or pack texts alone with --image none\."):
         pack(open_source(tmp_path / "texts.jsonl"), tmp_path / "c")
     overrides = [
