@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from clip_train import __version__
 from clip_train.config.load import dump_recipe
+from clip_train.export.language import class_of, is_masked_lm
 from clip_train.export.parity import Parity
-from clip_train.loading import LoadedModel
+from clip_train.loading import LoadedLanguageModel, LoadedModel
 
 USAGE = {
     "open_clip": """import open_clip
@@ -31,8 +32,12 @@ image = onnxruntime.InferenceSession("DIRECTORY/image.onnx")   # pixel_values (B
 text = onnxruntime.InferenceSession("DIRECTORY/text.onnx")     # input_ids (B, L) int64; example.py shows both""",
 }
 
+LANGUAGE_USAGE = """from transformers import AutoTokenizer, CLASS
+model = CLASS.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")"""
 
-def model_card(loaded: LoadedModel, target: str, source: Path, parity: Parity) -> str:
+
+def model_card(loaded: LoadedModel | LoadedLanguageModel, target: str, source: Path, parity: Parity) -> str:
     """Markdown with the front matter that model hubs read."""
     recipe, tokenizer = loaded.recipe, loaded.tokenizer
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -40,23 +45,21 @@ def model_card(loaded: LoadedModel, target: str, source: Path, parity: Parity) -
     lines = [
         "---",
         f"library_name: {target if target != 'onnx' else 'onnxruntime'}",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags: [clip, clip-train]",
+        *_tags(loaded),
         "---",
         f"# {recipe.name}",
         "",
-        recipe.description or "A contrastive image-text model.",
+        recipe.description or "A model of pictures and texts.",
         "",
-        f"Image tower `{recipe.vision.kind}` at {loaded.preprocess.size} px, text tower {kind} with "
-        f"pool `{recipe.text.pool}`, {recipe.joint.embed_dim} dimensions, {parameters:,} parameters, step "
-        f"{loaded.step:,}. Vocabulary of {tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens a "
-        f"caption, fingerprint `{tokenizer.fingerprint[:16]}`.",
+        f"{_towers(loaded, kind)}, {parameters:,} parameters, step {loaded.step:,}. Vocabulary of "
+        f"{tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens a caption, fingerprint "
+        f"`{tokenizer.fingerprint[:16]}`.",
         "",
         f"Exported by clip-train {__version__} for {target}, where it was loaded and compared: {parity}.",
         "",
         "## Use",
         "```python",
-        USAGE[target],
+        _usage(loaded, target),
         "```",
         *_figures(source),
         "## Recipe",
@@ -66,6 +69,29 @@ def model_card(loaded: LoadedModel, target: str, source: Path, parity: Parity) -
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _usage(loaded: LoadedModel | LoadedLanguageModel, target: str) -> str:
+    if isinstance(loaded, LoadedLanguageModel):
+        return LANGUAGE_USAGE.replace("CLASS", class_of(loaded).__name__)
+    return USAGE[target]
+
+
+def _tags(loaded: LoadedModel | LoadedLanguageModel) -> list[str]:
+    if isinstance(loaded, LoadedModel):
+        return ["pipeline_tag: zero-shot-image-classification", "tags: [clip, clip-train]"]
+    pipeline = "fill-mask" if is_masked_lm(loaded) else "feature-extraction"
+    return [f"pipeline_tag: {pipeline}", "tags: [clip-train]"]
+
+
+def _towers(loaded: LoadedModel | LoadedLanguageModel, text: str) -> str:
+    recipe = loaded.recipe
+    if isinstance(loaded, LoadedLanguageModel):
+        return f"Text tower {text}, trained by `{recipe.loss.kind}`, {loaded.model.text.width} dimensions"
+    return (
+        f"Image tower `{recipe.vision.kind}` at {loaded.preprocess.size} px, text tower {text} with pool "
+        f"`{recipe.text.pool}`, {recipe.joint.embed_dim} dimensions"
+    )
 
 
 def _figures(source: Path) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clip_train.errors import ExportError
 from clip_train.loading import LoadedModel
+from tokenizer import BPETokenizer
 
 TOLERANCE = 1e-5
 """Largest difference of any coordinate of a unit vector, in fp32."""
@@ -72,22 +73,28 @@ def compare(loaded: LoadedModel, peer: Peer, captions: Sequence[str] = PROBES) -
         ExportError: ids differ, or a coordinate by more than `TOLERANCE`; the worst case is named.
     """
     if peer.tokenize is not None:
-        ids, lengths = loaded.tokenizer.encode_batch(list(captions))
-        ours = [row.tolist() for row in torch.from_numpy(ids).split(lengths.tolist())]
-        for caption, own, their in zip(captions, ours, peer.tokenize(captions), strict=True):
-            if own != their:
-                raise ExportError(f"token ids differ for {caption!r:.80}: {own[:8]}… here, {their[:8]}… there")
+        check_ids(loaded.tokenizer, captions, peer.tokenize(captions))
     images = texts = None
     if peer.encode_text is not None:
-        texts = _gap("texts", loaded.encode_text(captions), peer.encode_text(captions))
+        texts = check_gap("texts", loaded.encode_text(captions), peer.encode_text(captions))
     if peer.encode_image is not None:
         size = loaded.preprocess.size
         pixels = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-        images = _gap("images", loaded.encode_image(pixels), peer.encode_image(pixels))
+        images = check_gap("images", loaded.encode_image(pixels), peer.encode_image(pixels))
     return Parity(images, texts, len(captions) if peer.tokenize is not None else 0)
 
 
-def _gap(what: str, ours: Tensor, theirs: Tensor) -> float:
+def check_ids(tokenizer: BPETokenizer, captions: Sequence[str], theirs: Sequence[list[int]]) -> None:
+    """Raises ExportError where a caption's ids, without padding, are others there."""
+    ids, lengths = tokenizer.encode_batch(list(captions))
+    ours = [row.tolist() for row in torch.from_numpy(ids).split(lengths.tolist())]
+    for caption, own, their in zip(captions, ours, theirs, strict=True):
+        if own != their:
+            raise ExportError(f"token ids differ for {caption!r:.80}: {own[:8]}… here, {their[:8]}… there")
+
+
+def check_gap(what: str, ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference. Raises ExportError where it is above `TOLERANCE`."""
     if ours.shape != theirs.shape:
         raise ExportError(f"embeddings of {what} are {tuple(ours.shape)} here and {tuple(theirs.shape)} there")
     gap = float((ours - theirs).abs().max())

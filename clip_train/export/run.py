@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from clip_train.errors import ExportError
 from clip_train.export.card import model_card
+from clip_train.export.language import prove_language, refuse_target, write_language
 from clip_train.export.parity import Parity, Peer, compare
-from clip_train.loading import LoadedModel
+from clip_train.loading import LoadedLanguageModel, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ TARGETS = {
 }
 
 
-def export(loaded: LoadedModel, target: str, out: Path, *, source: Path) -> Parity:
+def export(loaded: LoadedModel | LoadedLanguageModel, target: str, out: Path, *, source: Path) -> Parity:
     """Write the model for a target library into the new folder `out`; returns what was compared.
 
     Args:
@@ -48,25 +50,43 @@ def export(loaded: LoadedModel, target: str, out: Path, *, source: Path) -> Pari
         ExportError: the folder exists, a package is missing, the target cannot express a tower, or it came out
             different there; `out` is then not there.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists: choose a new folder, or remove it first")
+    if isinstance(loaded, LoadedLanguageModel):
+        refuse_target(target)
     missing = [name for name in TARGETS[target].needs if find_spec(name) is None]
     if missing:
         raise ExportError(f"--to {target} needs {', '.join(missing)}: pip install 'clip-train[export]'")
+    with written_aside(out) as folder:
+        if isinstance(loaded, LoadedLanguageModel):
+            write_language(loaded, folder)
+            parity = prove_language(loaded, folder)
+        else:
+            parity = _write_and_compare(loaded, target, folder, out)
+        (folder / "README.md").write_text(model_card(loaded, target, source, parity), encoding="utf-8")
+    return parity
+
+
+def _write_and_compare(loaded: LoadedModel, target: str, folder: Path, out: Path) -> Parity:
     module = importlib.import_module(f"clip_train.export.{TARGETS[target].module}")
     write: Callable[[LoadedModel, Path], None] = getattr(module, f"write_{target}")
     load: Callable[[Path], Peer] = getattr(module, f"load_{target}")
     settle: Callable[[Path, Path], None] | None = getattr(module, f"settle_{target}", None)
+    write(loaded, folder)
+    parity = compare(loaded, load(folder))
+    if settle is not None:
+        settle(folder, out)
+    return parity
+
+
+@contextmanager
+def written_aside(out: Path) -> Generator[Path]:
+    """A folder that becomes `out` when all has gone well, and is gone otherwise. Raises ExportError where `out` is."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} exists: choose a new folder, or remove it first")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write(loaded, partial)
-        parity = compare(loaded, load(partial))
-        (partial / "README.md").write_text(model_card(loaded, target, source, parity), encoding="utf-8")
-        if settle is not None:
-            settle(partial, out)
+        yield partial
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return parity

@@ -22,8 +22,10 @@ from clip_train.config.schema import BertText, ModernText, T5Text, TextTransform
 from clip_train.errors import ExportError
 from clip_train.export.open_clip_keys import rename
 from clip_train.export.transformers_keys import apart, to_transformers
-from clip_train.loading import LoadedModel
+from clip_train.loading import LoadedLanguageModel, LoadedModel
 from clip_train.models.pooling import FREE_POOLS
+
+Loaded = LoadedModel | LoadedLanguageModel
 
 LINEAR_RANGE = 2.0**-13
 """BERT's pooler is `tanh(dense(x))`. With this times the identity as `dense`, tanh is the identity to the precision of
@@ -99,13 +101,13 @@ class TextEncoder:
         return self.model.eval()
 
 
-def text_state(loaded: LoadedModel) -> dict[str, Tensor]:
+def text_state(loaded: Loaded) -> dict[str, Tensor]:
     """The text tower's tensors without their prefix, query, key and value apart."""
     state = loaded.model.state_dict()
     return apart({name.removeprefix("text."): one for name, one in state.items() if name.startswith("text.")})
 
 
-def token_encoder(loaded: LoadedModel) -> TextEncoder:
+def token_encoder(loaded: Loaded) -> TextEncoder:
     """A model whose `last_hidden_state` is what the tower's pool reads.
 
     Raises:
@@ -150,18 +152,17 @@ def pooled_encoder(loaded: LoadedModel) -> tuple[TextEncoder, float]:
     )
 
 
-def clip_text_config(loaded: LoadedModel) -> Any:
+def clip_text_config(loaded: Loaded) -> Any:
     """CLIPTextConfig of a causal transformer."""
     from transformers import CLIPTextConfig
 
     text, tokenizer = loaded.recipe.text, loaded.tokenizer
     assert isinstance(text, TextTransformer)
-    return CLIPTextConfig(
-        **_sizes(loaded, text), projection_dim=loaded.recipe.joint.embed_dim, bos_token_id=tokenizer.sot
-    )
+    dim = text.width if loaded.recipe.is_language else loaded.recipe.joint.embed_dim
+    return CLIPTextConfig(**_sizes(loaded, text), projection_dim=dim, bos_token_id=tokenizer.sot)
 
 
-def bert_config(loaded: LoadedModel, text: BertText | TextTransformer) -> Any:
+def bert_config(loaded: Loaded, text: BertText | TextTransformer) -> Any:
     """BertConfig, or MegatronBertConfig of a bidirectional transformer; one segment."""
     from transformers import BertConfig, MegatronBertConfig
 
@@ -169,7 +170,7 @@ def bert_config(loaded: LoadedModel, text: BertText | TextTransformer) -> Any:
     return kind(**_sizes(loaded, text), type_vocab_size=1)
 
 
-def t5_config(loaded: LoadedModel, text: T5Text, kind: Any) -> Any:
+def t5_config(loaded: Loaded, text: T5Text, kind: Any) -> Any:
     """T5Config or MT5Config."""
     tower: Any = loaded.model.text
     block = tower.blocks[0]
@@ -208,7 +209,7 @@ def hidden_act(activation: str) -> str:
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
 
 
-def _sizes(loaded: LoadedModel, text: BertText | TextTransformer) -> dict[str, Any]:
+def _sizes(loaded: Loaded, text: BertText | TextTransformer) -> dict[str, Any]:
     tokenizer = loaded.tokenizer
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -224,7 +225,7 @@ def _sizes(loaded: LoadedModel, text: BertText | TextTransformer) -> dict[str, A
     }
 
 
-def _clip(loaded: LoadedModel, text: TextTransformer) -> TextEncoder:
+def _clip(loaded: Loaded, text: TextTransformer) -> TextEncoder:
     from transformers import CLIPTextModel
 
     state = {name: tensor for name, tensor in loaded.model.state_dict().items() if name.startswith("text.")}
@@ -232,7 +233,7 @@ def _clip(loaded: LoadedModel, text: TextTransformer) -> TextEncoder:
     return TextEncoder(CLIPTextModel(clip_text_config(loaded)), named)
 
 
-def _bert(loaded: LoadedModel, text: BertText | TextTransformer) -> TextEncoder:
+def _bert(loaded: Loaded, text: BertText | TextTransformer) -> TextEncoder:
     from transformers import BertModel, MegatronBertModel
 
     bert = isinstance(text, BertText)
@@ -243,7 +244,7 @@ def _bert(loaded: LoadedModel, text: BertText | TextTransformer) -> TextEncoder:
     return TextEncoder(model(bert_config(loaded, text)), state)
 
 
-def _t5(loaded: LoadedModel, text: T5Text) -> TextEncoder:
+def _t5(loaded: Loaded, text: T5Text) -> TextEncoder:
     from transformers import T5Config, T5EncoderModel
 
     state = rename(text_state(loaded), t5_table(text.mlp), "transformers")
@@ -251,7 +252,7 @@ def _t5(loaded: LoadedModel, text: T5Text) -> TextEncoder:
     return TextEncoder(T5EncoderModel(t5_config(loaded, text, T5Config)), state)
 
 
-def _llama(loaded: LoadedModel, text: ModernText) -> TextEncoder:
+def _llama(loaded: Loaded, text: ModernText) -> TextEncoder:
     from transformers import EuroBertConfig, EuroBertModel, LlamaConfig, LlamaModel
 
     tower: Any = loaded.model.text
