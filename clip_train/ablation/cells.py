@@ -141,6 +141,11 @@ class Lock:
         os.close(self.descriptor)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: of a Slurm job those it was given, not the node's."""
+    return len(os.sched_getaffinity(0))
+
+
 def environment(threads: int) -> dict[str, str]:
     """Of a stage's process: so many threads of arithmetic."""
     count = str(threads)

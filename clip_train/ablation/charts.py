@@ -174,8 +174,14 @@ def _pictures(results: Results) -> bytes | None:
 
 
 def _short(results: Results, headline: str) -> str:
-    """A figure in few words."""
-    return results.label(headline).replace(", openclipart", "").replace(" unseen style", "")
+    """A figure in few words: without its data set, where all figures of its kind are of that one."""
+    kind, *rest = headline.split("/")
+    of_kind = {name.split("/")[1] for name in results.headline if name.startswith(f"{kind}/")}
+    label = results.label(headline)
+    if kind in ("zeroshot", "retrieval") and len(of_kind) == 1:
+        data = rest[0].replace("_", " ")
+        label = label.replace(f", {data}", "").replace(f" {data},", ",")
+    return label
 
 
 def _curve(grid: Grid, cell: Cell) -> tuple[Floats, Floats] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from clip_train.ablation.grid_file import Comparison
 from clip_train.ablation.results import Results
@@ -26,8 +27,9 @@ class Finding:
     """Corrected for all findings of the grid."""
     seeds: int
     """Both sides have; with one, the interval is over items alone."""
-    testable: bool = True
-    """What is expected can be tested: a control shows that something was learned."""
+    control: Literal["passed", "failed", "not run"] = "passed"
+    """Whether a comparison with untrained cells shows that something was learned, without which nothing can be
+    expected; passed where none is asked for."""
 
     @property
     def sure(self) -> bool:
@@ -35,12 +37,13 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """Beside what was expected: reproduced, refuted, undecided, not testable; nothing where nothing was."""
+        """Beside what was expected (nothing where nothing was): reproduced, refuted, undecided, or why that cannot be
+        told."""
         expected = self.comparison.expect.get(self.headline)
         if expected is None:
             return ""
-        if not self.testable:
-            return "not testable"
+        if self.control != "passed":
+            return "not testable" if self.control == "failed" else "control not run"
         if not self.sure:
             return "undecided"
         return "reproduced" if (self.interval.estimate > 0) == (expected == "first") else "refuted"
@@ -60,15 +63,19 @@ def find(results: Results) -> list[Finding]:
                 raw.append(Finding(comparison, headline, results.label(headline), one, one.p, seeds))
     corrected = holm([one.interval.p for one in raw])
     found = [replace(one, p_holm=p) for one, p in zip(raw, corrected, strict=True)]
-    sure = [(one.comparison, one.headline) for one in found if one.sure]
-
-    def is_testable(one: Finding) -> bool:
-        controls = [comparisons[name] for name in one.comparison.control]
-        return not controls or any((control, one.headline) in sure for control in controls)
-
-    found = [replace(one, testable=is_testable(one)) for one in found]
+    found = [replace(one, control=_control(one, comparisons, found)) for one in found]
     order = list(comparisons.values())
     return sorted(found, key=lambda one: (order.index(one.comparison), by_headline.index(one.headline)))
+
+
+def _control(
+    one: Finding, comparisons: Mapping[str, Comparison], found: Sequence[Finding]
+) -> Literal["passed", "failed", "not run"]:
+    wanted = [comparisons[name] for name in one.comparison.control]
+    run = [other for other in found if other.comparison in wanted and other.headline == one.headline]
+    if not wanted or any(other.sure and other.interval.estimate > 0 for other in run):
+        return "passed"
+    return "failed" if len(run) == len(wanted) else "not run"
 
 
 def untested(results: Results, found: Sequence[Finding]) -> list[str]:
@@ -92,7 +99,8 @@ def claims(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
         else:
             tail = {
                 "undecided": " (neither reproduces nor refutes what is known)",
-                "not testable": " (what is known cannot be tested: training added nothing there)",
+                "not testable": " (what is known cannot be tested: trained towers are not told from untrained)",
+                "control not run": " (what is known cannot be tested: nothing says that anything was learned)",
             }.get(one.verdict, "")
             open_.setdefault(sides(one.comparison), []).append(f"{name} {difference(one.interval)}{tail}")
     return shown, [f"{which}: {'; '.join(found)}." for which, found in open_.items()]

@@ -16,6 +16,9 @@ from pydantic import BaseModel
 from clip_train.ablation.grid_file import PREVIOUS, Budget, Comparison, GridFile, nearest, read_grid_file
 from clip_train.config import Recipe, load_recipe
 from clip_train.errors import ConfigError
+from clip_train.evaluation.text.tasks import EMBEDDED
+
+EXPERIMENTS = ("exp1", "exp2", "exp3")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def expand(file: GridFile, path: Path, out: Path, budget: str | None = None) -> 
         raise ConfigError(f"{where}: no budget {budget!r}.{nearest(budget, file.budgets, 'Budgets')}")
     if file.generator is not None and not file.probes:
         raise ConfigError(f"{where}: generator = {file.generator!r} is for probes = ['text'], and there are no probes")
+    _check_figures(file, where)
     chosen = file.budgets[budget] if budget is not None else Budget()
     plans = _plans(file, where)
     names = _chosen(chosen.cells, plans, where) if chosen.cells is not None else list(plans)
@@ -186,6 +190,22 @@ def _in_order(names: Sequence[str], plans: dict[str, _Plan], where: str) -> list
     for name in names:
         add(name, ())
     return list(ordered)
+
+
+def _check_figures(file: GridFile, where: str) -> None:
+    """Raises ConfigError for headline figures and means that no probe will give; the others only a run can tell."""
+    if "exp3" in file.headline:
+        raise ConfigError(f"{where}: headline: exp3 has bits, ranks and shares, no mean: name exp3/caption, …")
+    for name, mean in file.means.items():
+        if name in EXPERIMENTS:
+            raise ConfigError(f"{where}: means.{name} is called as an experiment: give it another name")
+        if name not in file.headline:
+            raise ConfigError(f"{where}: means.{name} is not in headline, so nothing would show it")
+        for figure in mean.of:
+            experiment, task, *_ = [*figure.split("/"), ""]
+            known = EMBEDDED.get(experiment)
+            if known is not None and task not in known:
+                raise ConfigError(f"{where}: means.{name}: no task {task!r} in {experiment}.{nearest(task, known)}")
 
 
 def _check_comparison(comparison: Comparison, plans: dict[str, _Plan], file: GridFile, where: str) -> None:

@@ -10,7 +10,7 @@
     exclude = [{ mask = "causal", pool = "cls" }]
 
     [means.held-out]                            # a figure of its own: the mean over tasks, 0 chance and 100 perfect
-    title = "same picture, captions held out"   # (`exp1`, `exp2` and `exp3` are means over all their tasks)
+    title = "same picture, captions held out"   # (`exp1` and `exp2` are means over all their tasks)
     of = ["exp2/same_picture_clipart/centred"]
 
     [vocabulary]                                # learned once, before the first cell; without it the recipe's holds

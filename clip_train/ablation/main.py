@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def ablate(
     another grid.
     """
     if jobs is None:  # small runs on a CPU gain little from threads; of a GPU there is one
-        jobs = 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+        jobs = 1 if torch.cuda.is_available() else min(4, folders.usable_cores())
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1")
     grid = load_grid(path, out or Path("runs") / "-".join([path.stem, *([budget] if budget else [])]), budget)
@@ -58,7 +57,7 @@ def ablate(
             if grid.generator is not None and not (grid.out / "generator.json").exists():
                 console.print("without experiment 3, whose generator is not trained yet", soft_wrap=True)
                 grid = replace(grid, generator=None)
-            threads = max(1, (os.cpu_count() or 1) // jobs)
+            threads = max(1, folders.usable_cores() // jobs)
             plan.measure(grid, program, threads, console)
         plan.show(grid, mine, jobs, console)
         if plan_only:
@@ -133,16 +132,17 @@ def learn_vocabulary(grid: Grid, console: Console) -> None:
         return
     grid.out.mkdir(parents=True, exist_ok=True)
     settings, told = wanted.model_dump_json() + "\n", grid.out / "vocabulary.settings.json"
-    if out.exists() and told.exists() and told.read_text(encoding="utf-8") != settings:
-        raise ConfigError(f"{out} was learned with {told.read_text().strip()}: choose another --out, or remove it")
     lock = Lock.take(grid.out / "vocabulary.lock", wait=True)
     assert lock is not None
     try:
-        told.write_text(settings, encoding="utf-8")
+        known = told.read_text(encoding="utf-8") if told.exists() else settings
+        if out.exists() and known != settings:
+            raise UserError(f"{out} was learned with {known.strip()}: choose another --out, or remove it")
         if not out.exists():
             console.print(f"a vocabulary of {wanted.size:,} from {wanted.captions}", soft_wrap=True)
             aside = grid.out / "vocabulary.part.json"
             train_from_files(_caption_files(wanted), aside, vocab_size=wanted.size)
+            told.write_text(settings, encoding="utf-8")
             aside.replace(out)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the vocabulary cannot be learned: {error}") from error
@@ -170,7 +170,7 @@ def make_generator(grid: Grid, console: Console, program: Sequence[str]) -> None
             console.print(f"a picture generator ({grid.generator}) for experiment 3 → {folder}", soft_wrap=True)
             began = time.monotonic()
             arguments = ["generator", "train", "--out", str(folder), "--budget", grid.generator]
-            plan.run_command(program, arguments, os.cpu_count() or 1, grid.out / "generator.log")
+            plan.run_command(program, arguments, folders.usable_cores(), grid.out / "generator.log")
             seconds = round(time.monotonic() - began, 1)
             done.write_text(json.dumps({"size": grid.generator, "seconds": seconds}) + "\n", encoding="utf-8")
             console.print(f"generator: {plan.duration(seconds)}", soft_wrap=True)

@@ -12,16 +12,15 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from clip_train.ablation.grid import Cell, Grid
+from clip_train.ablation.grid import EXPERIMENTS, Cell, Grid
 from clip_train.ablation.grid_file import Comparison
 from clip_train.ablation.table import Row, read_rows
 from clip_train.data.hashing import text_hash
 from clip_train.errors import DataError
 from clip_train.evaluation.comparison import Difference, Groups, Spread, Task, paired_difference, pooled_spread
 from clip_train.evaluation.statistics import Floats, Kind
-from clip_train.evaluation.text.tasks import EMBEDDED, load_embedded
+from clip_train.evaluation.text.tasks import things_of
 
-EXPERIMENTS = ("exp1", "exp2", "exp3")
 NAMES = {
     "exp1": "general text (exp. 1)",
     "exp2": "vision-centric text (exp. 2)",
@@ -45,7 +44,7 @@ class Items:
     scores: Floats
     labels: Floats | None
     groups: Groups | None = None
-    """`(N,)`: items of one group are about the same thing, and drawn together."""
+    """`(N, 1 or 2)`: what an item is about, as `comparison.Task` has it."""
 
 
 class Results:
@@ -98,7 +97,7 @@ class Results:
 
     def tasks(self, headline: str) -> list[str]:
         """The figures that a headline stands for: itself; those of a mean, none unless all were measured; or the tasks
-        of an experiment (`exp1`), without their variants (`exp1/TASK/VARIANT`)."""
+        of an experiment (`exp1`, `exp2`), without their variants (`exp1/TASK/VARIANT`)."""
         mean = self.grid.file.means.get(headline)
         if mean is not None:
             return mean.of if set(mean.of) <= set(self.metrics) else []
@@ -151,8 +150,9 @@ class Results:
         return 0.0 if self.tasks(headline) != [headline] else self.row(headline).chance
 
     def spread(self, headline: str) -> Spread | None:
-        """How the figure moves from seed to seed, over all cells that have every seed."""
-        values = [self.values(cell, headline) for cell in self.cells]
+        """How the figure moves from seed to seed, over all trained cells that have every seed."""
+        trained = {cell.name for cell in self.grid.runs if cell.steps}
+        values = [self.values(cell, headline) for cell in self.cells if cell in trained]
         whole = [one for one in values if len(one) == len(self.seeds)]
         return pooled_spread(np.array(whole)) if whole else None
 
@@ -198,10 +198,10 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
         for probe in arrays:
             if task in probe:
                 scores = _floats(probe[task])
-                return Items("mean", scores, None, groups_of_texts(task, len(scores)))
+                return Items("mean", scores, None, things_of(task, len(scores)))
             if f"{task}:score" in probe:
                 scores, labels = _floats(probe[f"{task}:score"]), _floats(probe[f"{task}:label"])
-                return Items(kind_of(measure), scores, labels, groups_of_texts(task, len(scores)))
+                return Items(kind_of(measure), scores, labels, things_of(task, len(scores)))
         return None
     _, name, *way, short = task.split("/")
     arrays = _load(folder / "eval" / f"{name}.npz")
@@ -209,8 +209,10 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
     cutoff = {"top1": 1, "top5": 5}.get(short) or (int(short[2:]) if short.startswith("r@") else None)
     if ranks is None or cutoff is None:
         return None
-    groups = groups_of_pairs(arrays["pair_image"], arrays["pair_caption"], way[0]) if way else None
-    return Items("mean", (ranks < cutoff).astype(np.float64), None, groups)
+    paired = (arrays["pair_image"], arrays["pair_caption"]) if way else None
+    groups = np.arange(len(ranks)) if paired is None else groups_of_pairs(*paired, way[0])
+    salt = text_hash(name) >> 1  # data sets have nothing to do with each other, figures of one have
+    return Items("mean", (ranks < cutoff).astype(np.float64), None, (salt + groups)[:, None])
 
 
 def groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:
@@ -220,17 +222,6 @@ def groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:
     graph = coo_matrix((np.ones(len(images)), (images, count + captions)), shape=(nodes, nodes))
     groups = connected_components(graph, directed=False)[1].astype(np.int64)
     return groups[:count] if way.startswith("image") else groups[count:]
-
-
-@lru_cache(maxsize=64)
-def groups_of_texts(task: str, items: int) -> Groups | None:
-    """Items of embedded tasks whose (first) texts have the same words: a name that is asked about several times, a
-    sentence and its words in another order."""
-    experiment, name, *_ = task.split("/")
-    if name not in EMBEDDED.get(experiment, ()):
-        return None
-    words = [" ".join(sorted(text.lower().split())) for text in load_embedded(name).splits["test"].first]
-    return np.array([text_hash(one) for one in words], dtype=np.int64) if len(words) == items else None
 
 
 def _same(one: Floats | None, other: Floats | None) -> bool:

@@ -67,7 +67,7 @@ def run_cells(
     A cell that fails is named, what comes after it is left out, and the rest goes on. A cell that another process has
     locked is waited for. SIGTERM and SIGINT go to the children, which save; then it ends.
     """
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or max(1, folders.usable_cores() // jobs)
     outcome, active, pending = Outcome(), list[_Active](), list(cells)
     began = time.monotonic()
     looked_at: dict[str, float] = {}

@@ -25,7 +25,7 @@ def title(results: Results, found: Sequence[Finding]) -> str:
     if expected:
         counts = ", ".join(
             f"{expected.count(word)} {word}"
-            for word in ("reproduced", "refuted", "undecided", "not testable")
+            for word in ("reproduced", "refuted", "undecided", "not testable", "control not run")
             if word in expected
         )
         tail = f"; of {len(expected)} known directions {counts}"
@@ -128,9 +128,11 @@ def limits(results: Results, found: Sequence[Finding]) -> list[str]:
     untested = findings.untested(results, found)
     if untested:
         lines.append(f"Not tested, for want of their cells: {', '.join(untested)}.")
-    unmeasured = [name for name in grid.file.headline if not results.tasks(name)]
-    if unmeasured:
-        lines.append(f"Not measured: {', '.join(unmeasured)}.")
+    for name in grid.file.headline:
+        if not results.tasks(name):
+            missing = [one for one in (grid.file.means[name].of if name in grid.file.means else [name])
+                       if one not in results.metrics]  # fmt: skip
+            lines.append(f"Not measured: {', '.join(missing)}.")
     return lines
 
 

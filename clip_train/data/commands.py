@@ -171,7 +171,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         (args.out / "inspect.json").write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
         if found.image != NO_PICTURE:
             contact_sheet(args.out / "contact_sheet.png", found.scans, found.good, found.image)
-        console.print(f"{args.out}: inspect.json, contact_sheet.png", soft_wrap=True)
+        sheet = "" if found.image == NO_PICTURE else ", contact_sheet.png"
+        console.print(f"{args.out}: inspect.json{sheet}", soft_wrap=True)
     if args.fix is not None:
         fixed = fix(found, args.fix)
         lost = f"; nothing left of {', '.join(fixed.without)}" if fixed.without else ""

@@ -119,7 +119,8 @@ def write_shard(path: Path, inputs: str, records: list[Record], options: Picture
             for record in records:
                 try:
                     texts = read_captions(record)
-                    picture = None if record.image == NO_PICTURE else encode_picture(record.image, options)
+                    alone = isinstance(record.image, str) and record.image == NO_PICTURE
+                    picture = None if alone else encode_picture(record.image, options)
                 except (SkippedError, DecodeError) as error:
                     skipped.append(Skipped(record.row, record.name, str(error)))
                     continue

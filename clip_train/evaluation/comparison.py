@@ -4,6 +4,11 @@ What is claimed is about other seeds *and* other items, so a difference has two 
 bootstrap, and from the seeds, by how far an arm's figure moves from seed to seed. Both hold the noise that a seed has
 on single items (arm × seed × item), so it is taken off once. t takes Satterthwaite's degrees of freedom.
 
+Items that are about the same thing are not independent: captions of one picture, pairs that share a text. The things
+are drawn, and an item counts as often as all of its things together; of pairs that counts what an item has of its own
+three times instead of once, which is taken off again (the variance of Aronow, Samii and Assenova 2015 for dyads; Owen
+2007 for the bootstrap).
+
 Three seeds of one difference say little of how far seeds move it (2 degrees of freedom). Where a grid has many arms
 with the same seeds, `pooled_spread` takes the spread of all of them, as the analysis of a randomised block design does,
 with the seeds as blocks (Montgomery, *Design and Analysis of Experiments*, chapter 4).
@@ -17,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +53,7 @@ class Task:
     """`(N,)` for the kinds that need them."""
     kind: Kind = "mean"
     groups: Groups | None = None
-    """`(N,)`: items of one number are about the same thing, in this task and in others, and drawn together."""
+    """`(N, 1)`, or `(N, 2)` of pairs: numbers of the things that an item is about, the same in all tasks."""
     factor: float = 1.0
     """What a unit counts: 1 / (1 - chance) from chance to perfect, -1 where less is better."""
 
@@ -63,9 +69,7 @@ class Difference:
     counted_twice: float
     """The part of it that the spread over seeds holds as well: arm × seed × item."""
     items: int
-    """Groups that are drawn, of the task that has fewest."""
-    cells: int
-    """Arms that a side is the mean of."""
+    """Things that are drawn, of the task that has fewest."""
 
     @property
     def estimate(self) -> float:
@@ -82,29 +86,50 @@ def paired_difference(tasks: Sequence[Task], *, resamples: int = 1000) -> Differ
         fits = all(one is None or len(one) == task.first.shape[-1] for one in (task.labels, task.groups))
         same = task.first.shape == task.second.shape and task.first.shape[:2] == shape[:2]
         if task.first.ndim != 3 or not fits or not same:
-            raise DataError(f"these do not pair up: {task.first.shape} and {task.second.shape}")
-    seeds, cells = shape[:2]
-    places, count = _places(tasks)
-    by_seed = np.mean([_differences(task, np.ones((1, task.first.shape[2])))[0] for task in tasks], axis=0)
-    weights = _kept_draws(count, resamples)
-    drawn = np.mean([_differences(task, weights[:, at]) for task, at in zip(tasks, places, strict=True)], axis=0)
-    of_mean, of_each = float(drawn.mean(axis=1).var(ddof=1)), float(drawn.var(axis=0, ddof=1).mean())
+            lengths = [f"{len(one)}" for one in (task.labels, task.groups) if one is not None]
+            beside = f", {' and '.join(lengths)} labels and groups" if lengths else ""
+            raise DataError(f"these do not pair up: {task.first.shape} and {task.second.shape}{beside}")
+    seeds = shape[0]
+    counts = [task.first.shape[2] for task in tasks]
+    by_task = [_differences(task, np.ones((1, count))) for task, count in zip(tasks, counts, strict=True)]
+    by_seed = np.mean(by_task, axis=0)[0]
+    edges = np.cumsum([0, *counts])
+    items = [np.arange(low, high)[:, None] for low, high in pairwise(edges)]
+    single = _drawn(tasks, items, resamples)
+    of_mean, of_each = _variance(single), float(np.mean(single, axis=0).var(axis=0, ddof=1).mean())
     twice = max(0.0, of_each - of_mean) / (seeds - 1) if seeds > 1 else 0.0
-    return Difference(by_seed, of_mean, twice, min(len(np.unique(at)) for at in places), cells)
+    things = _things(tasks)
+    if any(task.groups is not None for task in tasks):
+        pairs = [drawn if one.shape[1] == 2 else alone
+                 for drawn, alone, one in zip(single, by_task, things, strict=True)]  # fmt: skip
+        of_mean = max(of_mean, _variance(_drawn(tasks, things, resamples)) - 2 * _variance(pairs))
+    return Difference(by_seed, of_mean, twice, min(len(np.unique(one)) for one in things))
 
 
-def _places(tasks: Sequence[Task]) -> tuple[list[Groups], int]:
-    """For each task `(N,)`, which draw is its item's; and how many are drawn. Items without a group are their own."""
-    known = [task.groups for task in tasks if task.groups is not None]
+def _things(tasks: Sequence[Task]) -> list[Groups]:
+    """For each task `(N, 1 or 2)`: which draws its items hang on. Items without a group are their own."""
+    known = [task.groups.flatten() for task in tasks if task.groups is not None]
     names = np.unique(np.concatenate(known)) if known else np.array([], dtype=np.int64)
     places, count = list[Groups](), len(names)
     for task in tasks:
         if task.groups is None:
-            places.append(np.arange(count, count + task.first.shape[2]))
+            places.append(np.arange(count, count + task.first.shape[2])[:, None])
             count += task.first.shape[2]
         else:
             places.append(np.searchsorted(names, task.groups))
-    return places, count
+    return places
+
+
+def _drawn(tasks: Sequence[Task], places: Sequence[Groups], resamples: int) -> list[Floats]:
+    """`(R, S)` of each task, everything that items hang on being drawn with replacement."""
+    weights = _kept_draws(1 + max(int(one.max()) for one in places), resamples)
+    return [_differences(task, weights[:, at].prod(axis=2)) for task, at in zip(tasks, places, strict=True)]
+
+
+def _variance(drawn: Sequence[Floats]) -> float:
+    """Of the mean over tasks and seeds."""
+    parts = np.broadcast_arrays(*drawn)
+    return float(np.mean(parts, axis=0).mean(axis=1).var(ddof=1)) if len(parts[0]) > 1 else 0.0
 
 
 def _differences(task: Task, weights: Floats) -> Floats:
@@ -142,8 +167,8 @@ def interval(difference: Difference, spread: Spread | None = None, level: float 
     from_seeds, freedom = 0.0, 1.0
     if seeds > 1 and spread is None:
         from_seeds, freedom = float(difference.by_seed.var(ddof=1)) / seeds, seeds - 1
-    elif seeds > 1 and spread is not None:
-        from_seeds, freedom = spread.variance * 2 / difference.cells / seeds, spread.freedom
+    elif seeds > 1 and spread is not None:  # arms of one side have much in common: as if they moved together
+        from_seeds, freedom = 2 * spread.variance / seeds, spread.freedom
     whole = difference.item_variance + from_seeds - difference.counted_twice
     variance = max(whole, difference.item_variance, from_seeds)
     if variance <= 0:

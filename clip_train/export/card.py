@@ -49,7 +49,7 @@ def model_card(loaded: LoadedModel | LoadedLanguageModel, target: str, source: P
         "---",
         f"# {recipe.name}",
         "",
-        recipe.description or "A model of pictures and texts.",
+        recipe.description or f"A {'language' if recipe.is_language else 'contrastive image-text'} model.",
         "",
         f"{_towers(loaded, kind)}, {parameters:,} parameters, step {loaded.step:,}. Vocabulary of "
         f"{tokenizer.vocab_size:,} ids, {tokenizer.context_length} tokens a caption, fingerprint "

@@ -142,6 +142,18 @@ def test_shares_are_a_partition_that_keeps_chains(grid_of: Callable[..., Grid]) 
             "[budgets.small]",
             "expect speaks of 'exp'. Did you mean exp1",
         ),
+        ('headline = ["exp1"]', 'headline = ["exp3"]', "no mean: name exp3/caption"),
+        (
+            "[budgets.small]",
+            '[means.exp1]\ntitle = "x"\nof = ["exp1/topic"]\n[budgets.small]',
+            "called as an experiment",
+        ),
+        ("[budgets.small]", '[means.a]\ntitle = "x"\nof = ["exp1/topic"]\n[budgets.small]', "not in headline"),
+        (
+            'headline = ["exp1"]',
+            'headline = ["exp1", "a"]\nmeans = { a = { title = "x", of = ["exp1/topics"] } }',
+            "no task 'topics' in exp1. Did you mean topic",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(grid_of: Callable[..., Grid], old: str, new: str, says: str) -> None:

@@ -22,7 +22,7 @@ from clip_train.ablation import main, results
 from clip_train.ablation.cells import Lock
 from clip_train.ablation.main import ablate
 from clip_train.errors import ConfigError, UserError
-from clip_train.evaluation.text.tasks import load_embedded
+from clip_train.evaluation.text.tasks import load_embedded, things_of
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
 GRID = """
@@ -61,6 +61,13 @@ first = ["bidirectional-eot"]
 second = ["causal-eot"]
 expect = { topics = "first" }
 control = ["pool"]
+
+[comparisons.backwards]
+question = "Is it the other way round?"
+first = ["causal-eot"]
+second = ["bidirectional-eot"]
+expect = { topics = "second" }
+control = ["backwards"]
 
 [comparisons.pool]
 question = "Is the mean better?"
@@ -244,15 +251,19 @@ def test_items_about_one_thing_are_one_group() -> None:
     assert a == b != c
     assert results.groups_of_pairs(images, captions, "text_to_image").tolist() == [a, a, c]
     split = load_embedded("same_picture").splits["test"]
-    groups = results.groups_of_texts("exp2/same_picture/centred", len(split))
-    assert groups is not None
-    by_name: dict[str, set[int]] = {}
-    for name, group in zip(split.first, groups.tolist(), strict=True):
-        by_name.setdefault(" ".join(sorted(name.split())), set()).add(group)
-    assert all(len(found) == 1 for found in by_name.values())
-    assert len(set(groups.tolist())) == len(by_name) < len(split)
-    near = results.groups_of_texts("exp2/same_picture_near", len(load_embedded("same_picture_near").splits["test"]))
-    assert near is not None and set(near.tolist()) & set(groups.tolist()), "tasks share what they ask about"
+    things = things_of("exp2/same_picture/centred", len(split))
+    assert things is not None and things.shape == (len(split), 2) and split.second is not None
+    texts: dict[int, str] = {}
+    for pair, numbers in zip(zip(split.first, split.second, strict=True), things.tolist(), strict=True):
+        for text, number in zip(pair, numbers, strict=True):
+            words = " ".join(sorted(text.split()))
+            assert texts.setdefault(number, words) == words
+    assert len(texts) == len({" ".join(sorted(text.split())) for text in [*split.first, *split.second]})
+    near = things_of("exp2/same_picture_near", len(load_embedded("same_picture_near").splits["test"]))
+    assert near is not None and set(near.flatten().tolist()) & texts.keys(), "tasks share what they ask about"
+    topic = things_of("exp1/topic", len(load_embedded("topic").splits["test"]))
+    assert topic is not None and topic.shape[1] == 1
+    assert things_of("exp1/sentiment", 10) is None
 
 
 def test_table_and_report(grid: Path) -> None:
@@ -274,7 +285,7 @@ def test_table_and_report(grid: Path) -> None:
 
     said = (out / "report.md").read_text()
     tests = [line.split(" | ") for line in said.splitlines() if line.startswith("| Is ")]
-    assert len(tests) == 12
+    assert len(tests) == 16
     assert all(line[6] == "3" for line in tests)
     by_question = {(line[0].strip("| "), line[2]): line for line in tests}
     # The stand-in's bidirectional cells are better, by how much is known; pools make no difference.
@@ -287,6 +298,8 @@ def test_table_and_report(grid: Path) -> None:
     assert by_question["Is looking back enough?", "vision-centric text (exp. 2)"][7].strip(" |") == "refuted"
     assert by_question["Is the mean better?", "general text (exp. 1)"][7].strip(" |") == "undecided"
     assert by_question["Is anything learned?", "what texts are about"][7].strip(" |") == "not testable"
+    # What is worse than untrained has learned nothing.
+    assert by_question["Is it the other way round?", "what texts are about"][7].strip(" |") == "not testable"
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 2 * 5
     assert {path.stem for path in (out / "report").iterdir()} == {

@@ -63,10 +63,10 @@ def test_pooled_spread_is_the_error_of_a_block_design() -> None:
     assert pooled_spread(values[:, :1]) is None
 
 
-def test_a_pooled_spread_counts_for_the_arms_of_both_sides() -> None:
+def test_a_pooled_spread_counts_for_both_sides_whose_arms_move_together() -> None:
     first = np.zeros((3, 4, 50)) + np.array([0.1, 0.2, 0.3])[:, None, None]
     found = interval(difference(first, np.zeros_like(first)), Spread(0.09, 28))
-    error = np.sqrt(0.09 * (1 / 4 + 1 / 4) / 3)
+    error = np.sqrt(2 * 0.09 / 3)
     assert found.p == pytest.approx(2 * stats.t.sf(0.2 / error, 28))
 
 
@@ -82,11 +82,23 @@ def test_cells_are_averaged_and_labels_used() -> None:
     assert found.by_seed / 2 == pytest.approx(expected)
 
 
+def test_what_seeds_do_to_single_items_counts_once() -> None:
+    """Nothing but noise of each seed on each item: its variance is 1 / (S N), not twice that."""
+    rng, variances = np.random.default_rng(8), list[float]()
+    for _ in range(60):
+        scores = rng.normal(0, 1, (3, 1, 200))
+        found = difference(scores, np.zeros_like(scores), 400)
+        assert found.counted_twice > 0
+        from_seeds = float(found.by_seed.var(ddof=1)) / 3
+        variances.append(found.item_variance + from_seeds - found.counted_twice)
+    assert np.mean(variances) == pytest.approx(1 / 600, rel=0.2)
+
+
 def test_items_of_a_group_count_once() -> None:
     """Every item four times: the error is that of the items once, not half of it."""
     rng = np.random.default_rng(6)
     once = rng.normal(0, 1, (1, 1, 100))
-    four, groups = np.tile(once, 4), np.tile(np.arange(100) * 31, 4)
+    four, groups = np.tile(once, 4), np.tile(np.arange(100) * 31, 4)[:, None]
     expected = difference(once, np.zeros_like(once), 4000)
     grouped = difference(four, np.zeros_like(four), 4000, groups=groups)
     assert grouped.item_variance == pytest.approx(expected.item_variance, rel=0.1)
@@ -94,10 +106,25 @@ def test_items_of_a_group_count_once() -> None:
     assert difference(four, np.zeros_like(four), 4000).item_variance < 0.35 * expected.item_variance
 
 
+def test_pairs_hang_on_both_of_their_texts() -> None:
+    """Every pair of 30 texts, each of which moves all of its pairs: the standard error that simulation finds."""
+    rng = np.random.default_rng(12)
+    pairs = np.array([(a, b) for a in range(30) for b in range(a)])
+    means, found = list[float](), list[float]()
+    for _ in range(150):
+        effect = rng.normal(0, 1, 30)
+        scores = (effect[pairs].sum(axis=1) + rng.normal(0, 1, len(pairs)))[None, None]
+        means.append(float(scores.mean()))
+        found.append(difference(scores, np.zeros_like(scores), 300, groups=pairs).item_variance)
+    assert np.mean(found) == pytest.approx(np.var(means), rel=0.25)
+    alone = difference(scores, np.zeros_like(scores), 300).item_variance
+    assert alone < 0.2 * np.mean(found)
+
+
 def test_tasks_with_the_same_items_are_drawn_together() -> None:
     rng = np.random.default_rng(7)
     one, other = (rng.normal(0, 1, (1, 1, 100)) for _ in range(2))
-    zero, groups = np.zeros((1, 1, 100)), np.arange(100)
+    zero, groups = np.zeros((1, 1, 100)), np.arange(100)[:, None]
     alone = difference(one, zero, 4000)
     twice = paired_difference([Task(one, zero, groups=groups), Task(one, zero, groups=groups)], resamples=4000)
     assert twice.estimate == pytest.approx(alone.estimate)
@@ -111,4 +138,4 @@ def test_what_does_not_pair_up_is_refused() -> None:
     with pytest.raises(DataError, match="pair up"):
         difference(np.zeros((2, 1, 5)), np.zeros((3, 1, 5)))
     with pytest.raises(DataError, match="pair up"):
-        difference(np.zeros((2, 1, 5)), np.zeros((2, 1, 5)), groups=np.arange(4))
+        difference(np.zeros((2, 1, 5)), np.zeros((2, 1, 5)), groups=np.arange(4)[:, None])

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 
 from clip_train.cli import main
 from clip_train.errors import DataError
+from clip_train.evaluation import statistics
 from clip_train.evaluation.text import bag_of_words, metrics
+from clip_train.evaluation.text.compare import compare, kind_of
 from clip_train.evaluation.text.encoder import PooledEncoder, Vectors, acting_pools, joined
 from clip_train.evaluation.text.our_tower import OurTower
+from clip_train.evaluation.text.results import TaskResult
 from clip_train.evaluation.text.suite import choose
 from clip_train.evaluation.text.synesthesia import compare_task
 from clip_train.evaluation.text.tasks import EMBEDDED, TextTask, check_task, load_embedded, split_of
@@ -244,7 +248,38 @@ def test_the_command_writes_what_pairs_up(run: Path, tmp_path: Path, capsys: pyt
             np.testing.assert_array_equal(one[key], other[key])
     assert found["exp1/entailment"]["pool"] not in ("own", "eot", "cls")  # they do not see the second sentence
     differences = json.loads((tmp_path / "comparison.json").read_text())["differences"]
-    assert all(row["value"] == row["reference"] for row in differences)
+    assert len(differences) > 5 and all(row["value"] == row["reference"] for row in differences)
+
+
+def test_differences_of_encoders_are_those_of_their_items() -> None:
+    rng = np.random.default_rng(1)
+
+    def result(name: str, metric: str, value: float, **items: Any) -> TaskResult:
+        named = {key.replace("_", ":") if key != "plain" else "": one for key, one in items.items()}
+        return TaskResult(name, metric, value, 0.5, "mean", 200, 0.0, named)
+
+    ratings = rng.normal(size=200)
+    encoders: dict[str, list[TaskResult]] = {}
+    for name, noise in (("first", 3.0), ("second", 0.5)):
+        hits = rng.uniform(size=(2, 200)) < (0.5 if name == "first" else 0.8)
+        scores = ratings + noise * rng.normal(size=200)
+        encoders[name] = [
+            result("exp1/mood/finetuned", "accuracy", float(hits.mean()), plain=hits.astype(np.float64)),
+            result("exp2/heat", "pearson", statistics.pearson(scores, ratings).r, _score=scores, _label=ratings),
+            result("exp1/pairs", "f1", 0.7, _score=scores, _label=ratings),
+            result("exp3/nll_seen", "bits", 1.0, plain=scores),
+        ]
+    found = compare(encoders)
+    assert [one.task for one in found] == ["exp1/mood/finetuned", "exp2/heat"]
+    assert kind_of(encoders["first"][2]) is None
+    for one in found:
+        assert one.value - one.reference > 0.15
+        assert one.low < one.value - one.reference < one.high and one.p < 0.01
+    assert found[0].williams_p is None
+    first, second = (encoders[name][1].items[":score"] for name in ("first", "second"))
+    between = statistics.pearson(first, second).r
+    expected = statistics.williams(found[1].value, found[1].reference, between, 200).p
+    assert found[1].williams_p == pytest.approx(expected)
 
 
 def test_the_command_names_the_mistake(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,8 +183,9 @@ def comparison_table(names: Sequence[str], differences: Sequence[Difference]) ->
         ("value", "difference", "interval", "p", "Williams"),
     )
     for one in differences:
+        task = one.task + " (less is better)" * one.less_is_better
         table.add_row(
-            one.task, one.encoder, f"{one.value:.3f}", f"{one.value - one.reference:+.3f}",
+            task, one.encoder, f"{one.value:.3f}", f"{one.value - one.reference:+.3f}",
             f"{one.low:+.3f} … {one.high:+.3f}", f"{one.p:.2g}",
             "" if one.williams_p is None else f"{one.williams_p:.2g}",
         )  # fmt: skip

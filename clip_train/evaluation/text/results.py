@@ -29,7 +29,8 @@ class TaskResult:
     n: int
     seconds: float
     items: dict[str, Array]
-    """By suffix: "" for scores whose mean is the value; ":score" and ":label" where it is no mean."""
+    """By suffix, `(n,)`: "" for scores whose mean is the value; ":score" and ":label" where it is no mean. Scores of
+    what was fine-tuned are `(S, n)`, a line a seed."""
     more: dict[str, Any] = field(default_factory=dict[str, Any])
     """`bag_of_words`, `dev`, and others."""
 

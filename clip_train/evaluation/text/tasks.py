@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_train import embedded
+from clip_train.data.hashing import text_hash
 from clip_train.errors import DataError
 
 Kind = Literal["labels", "ratings", "same"]
@@ -64,6 +66,25 @@ EMBEDDED = {
 def load_embedded(name: str) -> TextTask:
     """A task that ships with the project."""
     return read_task(embedded.path("texts") / f"{name}.json.gz")
+
+
+@lru_cache(maxsize=64)
+def things_of(name: str, items: int) -> NDArray[np.int64] | None:
+    """What each test item of a figure is about: its texts' words, in whatever order, as numbers `(items, 1)`, of pairs
+    `(items, 2)`. None for figures of other tasks than the embedded ones.
+
+    Args:
+        name: `exp2/keywords/centred`.
+        items: how many the figure was measured on.
+    """
+    experiment, task, *_ = [*name.split("/"), ""]
+    if task not in EMBEDDED.get(experiment, ()):
+        return None
+    split = load_embedded(task).splits["test"]
+    if len(split) != items:
+        return None
+    sides = [split.first] if split.second is None else [split.first, split.second]
+    return np.array([[text_hash(" ".join(sorted(text.lower().split()))) for text in side] for side in sides]).T
 
 
 def read_task(path: Path) -> TextTask:
