@@ -18,8 +18,8 @@ help:
 quickstart: $(VENV)/.installed
 	$(BIN)/clip-train quickstart --run-dir $(RUN)
 
-# Tests that keep both cores busy with processes of their own come alone, then the others two files at once.
-ALONE := tests/distributed tests/launch tests/training/test_elastic.py tests/ablation/test_run.py tests/data/test_waiting.py
+# Tests that watch the clock come alone, then all others, two files at once.
+ALONE := tests/distributed/test_elastic_restart.py tests/distributed/test_watchdog.py tests/data/test_waiting.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ALONE)

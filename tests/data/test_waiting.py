@@ -47,6 +47,8 @@ def test_ctrl_c_while_a_server_hangs(tmp_path: Path, number: int) -> None:
             [sys.executable, "-m", "clip_train", "data", "inspect", server.url("{0..9}.tar"), "--workers", "0"],
             stderr=subprocess.PIPE,
             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            # Under nohup and in a shell's background SIGINT is ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         until = time.monotonic() + 60
         while not server.requests and time.monotonic() < until and process.poll() is None:
