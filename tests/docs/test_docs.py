@@ -45,3 +45,11 @@ def test_tables_and_lists_given_to_set_are_toml(page: Path) -> None:
                 assert key and equals, override
                 if value.startswith(("{", "[")):
                     tomllib.loads(f"value = {value}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_grids_and_their_budgets_are_there(page: Path) -> None:
+    for grid, options in re.findall(r"clip-train ablate (configs/\S+)([^\n#`]*)", page.read_text(encoding="utf-8")):
+        tree = tomllib.loads((ROOT / grid).read_text(encoding="utf-8"))
+        for budget in re.findall(r"--budget (\w+)", options):
+            assert budget in tree["budgets"], f"{grid} has no budget {budget}"
