@@ -224,8 +224,10 @@ def run_eval(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     from clip_train.export.run import export
     from clip_train.loading import load_any
+    from clip_train.training.checkpoint import read_checkpoint
 
-    parity = export(load_any(args.checkpoint, weights=args.weights), args.to, args.out, source=args.checkpoint)
+    loaded = load_any(read_checkpoint(args.checkpoint), weights=args.weights)
+    parity = export(loaded, args.to, args.out, source=args.checkpoint)
     console.print(f"{args.out}: loaded again by {args.to}: {parity}", soft_wrap=True)
     return 0
 

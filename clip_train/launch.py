@@ -24,7 +24,7 @@ from clip_train.evaluation.language import evaluate_language
 from clip_train.evaluation.run import evaluate
 from clip_train.from_recipe.data import build_cache, build_preprocess
 from clip_train.from_recipe.model import build_objective
-from clip_train.loading import LoadedLanguageModel, LoadedModel, load_checkpoint, load_language_model, read_recipe
+from clip_train.loading import LoadedLanguageModel, LoadedModel, load_any, load_checkpoint, read_recipe
 from clip_train.models.base import Model
 from clip_train.models.language import LanguageModel
 from clip_train.models.two_tower import TwoTower
@@ -191,8 +191,7 @@ def run_evaluation(path: Path, overrides: Sequence[str], out: Path | None, conso
     """Evaluate a run folder or a checkpoint by its recipe's tasks, as overridden."""
     checkpoint = read_checkpoint(path)
     recipe = set_values(read_recipe(checkpoint), overrides)
-    read = load_language_model if recipe.is_language else load_checkpoint
-    loaded = replace(read(checkpoint, weights=recipe.evaluation.weights), recipe=recipe)
+    loaded = replace(load_any(checkpoint, weights=recipe.evaluation.weights), recipe=recipe)
     if not recipe.evaluation.tasks:
         raise CheckpointError(
             f"{path}: its recipe has no [evaluation.tasks.NAME]; add one with --set evaluation.tasks…"

@@ -74,9 +74,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, weights: Weigh
     return load_checkpoint(read_checkpoint(Path(path)), device, weights=weights)
 
 
-def load_any(path: str | Path, *, weights: Weights = "raw") -> LoadedModel | LoadedLanguageModel:
-    """What a checkpoint holds, on the CPU: both towers, or a language model. Raises CheckpointError as `load`."""
-    checkpoint = read_checkpoint(Path(path))
+def load_any(checkpoint: Checkpoint, *, weights: Weights = "raw") -> LoadedModel | LoadedLanguageModel:
+    """What a checkpoint that was read holds, on the CPU: both towers, or a language model."""
     read = load_language_model if read_recipe(checkpoint).is_language else load_checkpoint
     return read(checkpoint, weights=weights)
 

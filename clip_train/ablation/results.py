@@ -24,7 +24,6 @@ from clip_train.evaluation.text.tasks import things_of
 NAMES = {
     "exp1": "general text (exp. 1)",
     "exp2": "vision-centric text (exp. 2)",
-    "exp3": "text to image (exp. 3)",
     "exp3/caption": "bits saved by text (exp. 3)",
     "exp3/concept": "concept drawn (exp. 3)",
     "text_to_image": "caption → picture",

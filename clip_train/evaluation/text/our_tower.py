@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clip_train.errors import CheckpointError
 from clip_train.evaluation.text.encoder import Sequences, joined
-from clip_train.loading import load_checkpoint, load_language_model, read_recipe
+from clip_train.loading import LoadedLanguageModel, load_any
 from clip_train.models.base import TowerOutput
 from clip_train.training.checkpoint import read_checkpoint
 from tokenizer import BPETokenizer
@@ -54,9 +54,7 @@ def open_tower(path: Path) -> OurTower:
 
     Raises CheckpointError as `clip_train.load`.
     """
-    checkpoint = read_checkpoint(path)
-    if read_recipe(checkpoint).image is None:
-        language = load_language_model(checkpoint)
-        return OurTower(language.model.towers["text"], language.tokenizer)
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_any(read_checkpoint(path))
+    if isinstance(loaded, LoadedLanguageModel):
+        return OurTower(loaded.model.towers["text"], loaded.tokenizer)
     return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection)
