@@ -5,12 +5,20 @@ Shape legend: `b` rows of this process, `B = b x world` rows of all processes, `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# From torch 2.14 on the names of before are deprecated; older ones do not know the new names.
+_all_gather: Callable[[Tensor, Tensor], Any] = (
+    vars(dist).get("all_gather_single") or vars(dist)["all_gather_into_tensor"]
+)
+_reduce_scatter: Callable[[Tensor, Tensor], Any] = (
+    vars(dist).get("reduce_scatter_single") or vars(dist)["reduce_scatter_tensor"]
+)
 
 
 def world_size() -> int:
@@ -32,8 +40,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.count = rows.shape[0]
         gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        # Deprecated from torch 2.14 on for names that older ones do not know.
-        dist.all_gather_into_tensor(gathered, rows.contiguous())  # pyright: ignore[reportDeprecated]
+        _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
@@ -41,7 +48,7 @@ class _Gather(torch.autograd.Function):
         grad = grads[0].contiguous()
         if dist.get_backend() == "nccl":
             own = grad.new_empty((ctx.count, *grad.shape[1:]))
-            dist.reduce_scatter_tensor(own, grad)  # pyright: ignore[reportDeprecated]
+            _reduce_scatter(own, grad)
             return own
         dist.all_reduce(grad)  # gloo has no reduce-scatter
         return grad[rank() * ctx.count : (rank() + 1) * ctx.count]

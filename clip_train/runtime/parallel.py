@@ -7,6 +7,7 @@ gathered before it is used and its gradient is averaged and dealt out again. Wha
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -92,13 +93,17 @@ def blocks_of(model: Model) -> list[nn.Module]:
 
 def replicate(model: Model, process: Process, strategy: Replicated) -> DistributedDataParallel:
     """DDP; gradients live in the buckets that are sent."""
+    # Every process keeps its own BatchNorm buffers; rank 0's are the ones saved and evaluated. torch 2.14 renamed it.
+    known = inspect.signature(DistributedDataParallel).parameters
+    own_buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     wrapped = DistributedDataParallel(
         model,
         device_ids=[process.local_rank] if process.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=strategy.static_graph,
-        # Every process keeps its own BatchNorm buffers; rank 0's are the ones saved and evaluated.
-        broadcast_buffers=False,
+        **own_buffers,
     )
     if strategy.bf16_gradients:
         wrapped.register_comm_hook(None, bf16_compress_hook)  # pyright: ignore[reportArgumentType]

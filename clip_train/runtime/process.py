@@ -22,6 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from clip_train.errors import ConfigError
 from clip_train.runtime.memory import keep_freed_memory
 from clip_train.runtime.rendezvous import join_group
+from clip_train.runtime.teardown import leave_group
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def launched(
 
     `precision` is what the recipe asks for; the process's own is what `arithmetic` makes of it.
 
-    Raises ConfigError where the device cannot do the precision. The group is destroyed on every way out: a gloo
-    teardown without it aborts now and then.
+    Raises ConfigError where the device cannot do the precision. The group is left on every way out.
     """
     on_gpu, precision = torch.cuda.is_available(), arithmetic(precision)
     if precision == "fp16" and not on_gpu:
@@ -115,7 +115,6 @@ def launched(
             local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         )
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
         # accelerate keeps its state for the life of the interpreter; the next launch may be of another precision.
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]

@@ -87,6 +87,7 @@ def test_a_run_on_two_processes_sees_and_learns_the_same(
     # Half on two processes, the rest resumed on one: the batches stay the same.
     done = torchrun(2, "-m", "clip_train", "train", str(recipe), "--run-dir", str(two))
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a["batch"] == b["batch"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
