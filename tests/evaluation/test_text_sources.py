@@ -167,7 +167,8 @@ def test_fine_tuning_learns_what_the_frozen_tower_hides() -> None:
     )  # fmt: skip
     settings = Settings(epochs=3, lr=1e-2, batch_size=16, seeds=2)
     result = finetune_task(encoder, task, settings)
-    assert result.name == "exp1/colour/finetuned" and result.pool == "own"
+    assert result.name == "exp1/colour/finetuned"
+    assert set(result.more["dev_by_pool"]) == {"own", "eot", "mean", "max"}, "cls is the own one, last is eot"
     assert result.value == 1.0 and result.more["by_seed"] == [1.0, 1.0]
     assert result.items[""].shape == (2, 40) and result.items[""].mean() == pytest.approx(result.value)
     assert all(torch.equal(before[name], value) for name, value in tower.state_dict().items())
@@ -176,5 +177,8 @@ def test_fine_tuning_learns_what_the_frozen_tower_hides() -> None:
                             for name, one in task.splits.items()}, metric="pearson",
     )  # fmt: skip
     assert finetune_task(encoder, rated, Settings(epochs=3, lr=1e-2, batch_size=16, seeds=1)).value > 0.9
+    head_only = finetune_task(encoder, task, Settings(epochs=2, lr=0.0, head_lr=2e-3, batch_size=16, seeds=1))
+    tried = head_only.more["dev_by_pool"]
+    assert tried[head_only.pool] == max(tried.values()) > min(tried.values()) >= 0
     untrained = finetune_task(encoder, task, Settings(epochs=1, lr=0.0, head_lr=0.0, seeds=1))
     assert untrained.value == np.mean(task.splits["test"].answers == 0)  # a head of zeros says class 0

@@ -187,8 +187,11 @@ def _open_tower(path: Path) -> TextTower:
     return room.open_tower(path)
 
 
-def acting_pools(encoder: TextEncoder, *, pairs: bool) -> tuple[str, ...]:
+def acting_pools(encoder: TextEncoder, *, pairs: bool, once: bool = False) -> tuple[str, ...]:
     """Pools whose feature depends on the text, or in pairs on the second one: found by swapping it.
+
+    Args:
+        once: of pools that are one here (`distinct_pools`) the first alone.
 
     Raises DataError where there is none.
     """
@@ -198,7 +201,7 @@ def acting_pools(encoder: TextEncoder, *, pairs: bool) -> tuple[str, ...]:
     if not acting:
         what = "the second of two texts" if pairs else "the text"
         raise DataError(f"{encoder.name}: no pool gives a feature that depends on {what}: {', '.join(found)}")
-    return acting
+    return tuple(distinct_pools({pool: found[pool] for pool in acting})) if once else acting
 
 
 def distinct_pools(found: dict[str, Vectors]) -> list[str]:

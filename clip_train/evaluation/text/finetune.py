@@ -1,7 +1,7 @@
 """Fine-tuning: the whole tower and a linear head on a task of experiment 1, for comparison with frozen probes.
 
 As BERT's authors do it (Devlin et al. 2019) and Chen et al. 2023 after them: AdamW, linear warm-up over a tenth of the
-steps and linear decay, a few epochs. Beyond them: several seeds, and the best epoch from dev.
+steps and linear decay, a few epochs. Beyond them: several seeds, and pool and epoch from dev.
 
 Shapes: `B` texts, `L` tokens, `W` width, `C` outputs: classes, or one rating.
 """
@@ -41,19 +41,21 @@ class Settings:
     seeds: int = 3
 
 
-def finetune_task(encoder: PooledEncoder, task: TextTask, settings: Settings, pool: str | None = None) -> TaskResult:
+def finetune_task(encoder: PooledEncoder, task: TextTask, settings: Settings) -> TaskResult:
     """`exp1/NAME/finetuned`: the mean over seeds; items are `(S, n)`. The encoder stays as it was.
 
-    Args:
-        pool: by default the own one, or `mean` where the own one cannot see a second text. It is not chosen on dev, as
-            that of a probe is: every pool would have to be fine-tuned.
+    The first seed is fine-tuned with every pool that sees the text (in pairs: the second one); the one that is best on
+    dev serves the other seeds, too.
     """
     check_learnable(task)
     started = time.perf_counter()
-    if pool is None:
-        acting = acting_pools(encoder, pairs=task.pairs)
-        pool = OWN if OWN in acting else "mean"
-    runs = [finetune_once(encoder, task, settings, pool, seed) for seed in range(settings.seeds)]
+    tried = {
+        pool: finetune_once(encoder, task, settings, pool, seed=0)
+        for pool in acting_pools(encoder, pairs=task.pairs, once=True)
+    }
+    pool = max(tried, key=lambda name: tried[name][0])
+    others = [finetune_once(encoder, task, settings, pool, seed) for seed in range(1, settings.seeds)]
+    runs = [tried[pool], *others]
     test = task.splits["test"]
     values = [measure(task.metric, predicted, test.answers) for _, predicted in runs]
     if task.metric == "accuracy":
@@ -64,8 +66,8 @@ def finetune_task(encoder: PooledEncoder, task: TextTask, settings: Settings, po
     return TaskResult(
         f"exp1/{task.name}/finetuned", task.metric, float(np.mean(values)), chance_of(task), pool, len(test),
         time.perf_counter() - started, items,
-        {"by_seed": values, "dev": float(np.mean([dev for dev, _ in runs])), "epochs": settings.epochs,
-         "lr": settings.lr},
+        {"by_seed": values, "dev": float(np.mean([dev for dev, _ in runs])),
+         "dev_by_pool": {name: dev for name, (dev, _) in tried.items()}, "epochs": settings.epochs, "lr": settings.lr},
     )  # fmt: skip
 
 
