@@ -196,8 +196,9 @@ def run_evaluation(path: Path, overrides: Sequence[str], out: Path | None, conso
         raise CheckpointError(
             f"{path}: its recipe has no [evaluation.tasks.NAME]; add one with --set evaluation.tasks…"
         )
-    # A checkpoint lies in RUN/checkpoints/step_N.
-    run_dir = out or checkpoint.path.parent.parent
+    # A checkpoint of a run lies in RUN/checkpoints/step_N, any other wherever it was put.
+    of_run = checkpoint.path.parent.name == "checkpoints"
+    run_dir = out or (checkpoint.path.parent.parent if of_run else checkpoint.path)
     # What was trained in fp16 on a GPU can be evaluated without one.
     with launched("fp32" if not torch.cuda.is_available() else recipe.training.precision) as process:
         loaded.model.to(process.device)

@@ -76,8 +76,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, weights: Weigh
 
 def load_any(checkpoint: Checkpoint, *, weights: Weights = "raw") -> LoadedModel | LoadedLanguageModel:
     """What a checkpoint that was read holds, on the CPU: both towers, or a language model."""
-    read = load_language_model if read_recipe(checkpoint).is_language else load_checkpoint
-    return read(checkpoint, weights=weights)
+    recipe, tokenizer, model = _read(checkpoint, weights)
+    if isinstance(model, LanguageModel):
+        return LoadedLanguageModel(model.eval(), tokenizer, recipe, checkpoint.state.step)
+    return LoadedModel(model.eval(), build_preprocess(recipe), tokenizer, recipe, checkpoint.state.step)
 
 
 def load_checkpoint(
@@ -124,26 +126,26 @@ class LoadedLanguageModel:
     step: int
 
 
-def load_language_model(
-    checkpoint: Checkpoint, device: str | torch.device = "cpu", *, weights: Weights = "raw"
-) -> LoadedLanguageModel:
-    """The language model of a checkpoint that was read. Raises CheckpointError where it is none."""
-    recipe, tokenizer, model = _read(checkpoint, weights)
-    if not isinstance(model, LanguageModel):
-        raise CheckpointError(f"{checkpoint.path}: is not of a language model; clip_train.load loads it")
-    return LoadedLanguageModel(model.to(device).eval(), tokenizer, recipe, checkpoint.state.step)
-
-
 def _read(checkpoint: Checkpoint, weights: Weights) -> tuple[Recipe, BPETokenizer, TwoTower | LanguageModel]:
     recipe, tokenizer = read_recipe(checkpoint), load_tokenizer(checkpoint)
-    with torch.device("meta"):
-        model = build_model(recipe, tokenizer)
+    model = _without_weights(recipe, tokenizer)
     load_weights(model, checkpoint, assign=True)
     if weights == "ema":
         if recipe.training.ema is None:
             raise CheckpointError(f"{checkpoint.path}: holds no averaged weights; runs with [training.ema] keep them")
         load_average(model, checkpoint)
     return recipe, tokenizer, model
+
+
+def _without_weights(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower | LanguageModel:
+    """On no device, where its tensors are all in a checkpoint; else fresh, for what checkpoints leave out (position ids
+    of transformers' BERT, masks of timm's Swin) and what is found out by trying (the mask of transformers' towers)."""
+    if recipe.text.kind != "transformers":
+        with torch.device("meta"):
+            model = build_model(recipe, tokenizer)
+        if model.state_dict().keys() >= {name for name, _ in model.named_buffers()}:
+            return model
+    return build_model(recipe, tokenizer)
 
 
 def read_recipe(checkpoint: Checkpoint) -> Recipe:

@@ -23,6 +23,9 @@ Tree = dict[str, Any]
 EITHER = (("training", "steps", "epochs"),)
 """A table, and keys of it that stand for each other: the one that is given last, counts."""
 
+TEXT_SIZES = ("width", "layers", "heads")
+"""What a text tower keeps when an override makes it one of another kind that has these, too: a swap at equal size."""
+
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a path, or the name of a shipped one (`quickstart`), with `key=value` overrides on top.
@@ -31,8 +34,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = find_recipe(name_or_path)
     tree = _read(path, seen=())
-    for override in overrides:
-        _apply_override(tree, override)
+    _apply_overrides(tree, overrides)
     _anchor_paths(tree, Path.cwd())
     return parse_recipe(tree, where=str(path))
 
@@ -62,8 +64,7 @@ def parse_recipe(tree: Tree, where: str = "recipe") -> Recipe:
 def set_values(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A recipe with `key=value` overrides on top."""
     tree = recipe.model_dump(mode="json", exclude_none=True)
-    for override in overrides:
-        _apply_override(tree, override)
+    _apply_overrides(tree, overrides)
     return parse_recipe(tree, where="--set")
 
 
@@ -148,6 +149,12 @@ def _merge(base: Tree, top: Tree) -> Tree:
     return merged
 
 
+def _apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
+    """In order, but kinds first: another kind takes away keys of the recipe, never one that was given beside it."""
+    for override in sorted(overrides, key=lambda one: not one.partition("=")[0].strip().endswith(".kind")):
+        _apply_override(tree, override)
+
+
 def _apply_override(tree: Tree, override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -164,7 +171,10 @@ def _apply_override(tree: Tree, override: str) -> None:
         if parts[:-1] == [table] and parts[-1] in keys and value is not None:
             _drop_others(node, {parts[-1]: value}, keys)
     if parts[-1] == "kind" and node.get("kind") != value:
+        sized = parts == ["text", "kind"] and value != "transformers" != node.get("kind")
+        kept = {key: node[key] for key in TEXT_SIZES if sized and key in node}
         node.clear()  # another kind has other keys
+        node.update(kept)
     if value is None:
         node.pop(parts[-1], None)
     else:

@@ -222,12 +222,13 @@ def check_language(recipe: Recipe) -> None:
     for key, value in (("image", recipe.image), ("model", recipe.model)):
         if value is not None:
             raise ValueError(f"{key}: loss.kind = {kind!r} trains text alone: take it away with --set {key}=none")
-    causal = getattr(text, "attention", "bidirectional") == "causal"
-    if kind == "mlm" and causal:
+    # The mask of an architecture of transformers is known when it is built (`from_recipe.model.build_language_model`).
+    attention = None if isinstance(text, TransformersText) else getattr(text, "attention", "bidirectional")
+    if kind == "mlm" and attention == "causal":
         raise ValueError(
             "loss.kind = 'mlm' tells a token from both sides: text.attention = 'bidirectional', or loss.kind = 'clm'"
         )
-    if kind == "clm" and not causal:
+    if kind == "clm" and attention == "bidirectional":
         raise ValueError(
             "loss.kind = 'clm' tells each token from those before it, which a bidirectional tower would just look up: "
             "take a causal one (text.attention = 'causal'), or loss.kind = 'mlm'"

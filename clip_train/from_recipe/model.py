@@ -75,9 +75,12 @@ def build_language_model(recipe: Recipe, tokenizer: BPETokenizer) -> LanguageMod
     """A text tower with the head of its kind. Raises ConfigError where choices contradict each other."""
     try:
         tower = build_text_tower(recipe, tokenizer)
+        if isinstance(tower, TransformersText):
+            check_language_tower(tower, recipe.loss.kind)
     except ValueError as error:
         raise ConfigError(f"the text tower cannot be built: {error}") from error
-    return LanguageModel(tower, build_head(recipe.text.kind, tokenizer.vocab_size, tower.width))
+    kind = "t5" if isinstance(tower, TransformersText) and tower.has_unit_embeddings else recipe.text.kind
+    return LanguageModel(tower, build_head(kind, tokenizer.vocab_size, tower.width))
 
 
 def build_head(kind: str, vocab_size: int, width: int) -> TiedHead | BertHead:
@@ -85,6 +88,18 @@ def build_head(kind: str, vocab_size: int, width: int) -> TiedHead | BertHead:
     if kind == "bert":
         return BertHead(vocab_size, width)
     return TiedHead(vocab_size, scale=width**-0.5 if kind == "t5" else 1.0)
+
+
+def check_language_tower(tower: TransformersText, loss: str) -> None:
+    """Raises ValueError for an architecture of transformers that a language loss contradicts."""
+    if tower.causal != (loss == "clm") and not tower.token_embedding.weight.is_meta:  # there it is not known
+        mask, other = ("causal", "clm") if tower.causal else ("bidirectional", "mlm")
+        raise ValueError(f"it is {mask}, which loss.kind = {loss!r} does not go with: take loss.kind = {other!r}")
+    if tower.token_embedding.embedding_dim != tower.width:
+        raise ValueError(
+            f"its embeddings are of {tower.token_embedding.embedding_dim} numbers, its tokens of {tower.width}: "
+            "a language model needs one width for both (embedding_size = hidden_size in text.arguments)"
+        )
 
 
 def build_image_tower(recipe: Recipe) -> Tower:

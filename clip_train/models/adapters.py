@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip_train.models.base import Tower, TowerOutput
 from clip_train.models.pooling import Pool
@@ -134,6 +136,11 @@ class TransformersText(TextTower):
         return self.backbone.get_input_embeddings()
 
     @property
+    def has_unit_embeddings(self) -> bool:
+        """Whether embeddings begin with unit variance, as T5's do; a head that shares them scales tokens down."""
+        return self.backbone.config.model_type in ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+
+    @property
     def blocks(self) -> list[nn.Module]:  # type: ignore[override]
         """The layers: the longest list of modules in the backbone."""
         lists = [module for module in self.backbone.modules() if isinstance(module, nn.ModuleList)]
@@ -158,9 +165,11 @@ class TransformersText(TextTower):
         training = self.backbone.training
         self.backbone.eval()
         weight = self.token_embedding.weight
-        ids = torch.arange(self.context_length, device=weight.device)[None] % self.vocab_size
+        # Masks of decoders ask for values, which tensors on meta have not; fake ones say so.
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if weight.is_meta else nullcontext()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), mode:
+                ids = torch.arange(self.context_length, device=weight.device)[None] % self.vocab_size
                 tokens = self._tokens(ids)
         except (IndexError, RuntimeError) as error:
             raise ValueError(

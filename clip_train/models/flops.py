@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -141,7 +142,9 @@ def _counted_text(tower: TransformersText, length: int) -> float:
     if length not in tower.flops_of_length:
         copied = copy.deepcopy(tower.backbone).to("meta").eval()
         counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        # Fake tensors, for masks of decoders would ask those on meta for values.
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mode:
             embedded = torch.empty(1, length, tower.token_embedding.embedding_dim, device="meta")
             copied(inputs_embeds=embedded)
         tower.flops_of_length[length] = float(counter.get_total_flops())

@@ -37,6 +37,8 @@ class AttentionPool(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        if width % heads:
+            raise ValueError(f"pool = 'map' needs heads that divide the width: {heads} do not divide {width}")
         self.heads = heads
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.query = nn.Linear(width, width)

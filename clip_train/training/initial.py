@@ -1,7 +1,8 @@
 """Starting from another run's weights, all of them or a tower's: fine-tuning, also at another picture size or caption
 length, and CLIPs whose text tower learned from text first.
 
-Only position embeddings may differ in shape. A ViT's or ResNet's grid of positions is resized (bicubic, antialiased, as
+What no shape tells (heads, activations, …) must be as it was; another mask or pool is announced. Only position
+embeddings may differ in shape. A ViT's or ResNet's grid of positions is resized (bicubic, antialiased, as
 open_clip and timm do), its class token's kept; a text table is cut, or stretched linearly to a longer cap.
 """
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_train.config.load import parse_toml
+from clip_train.config.schema import Recipe
 from clip_train.errors import CheckpointError
 from clip_train.models.base import Model
 from clip_train.models.positions import resample_grid
@@ -29,18 +32,30 @@ OWN_POOLS = ("attention_pool.",)
 this one does."""
 
 
-def load_initial(model: Model, path: Path, *, tokenizer: BPETokenizer, notify: Callable[[str], Any]) -> None:
+ANNOUNCED = ("attention", "padding", "pool")
+"""Keys of a tower that may differ from those it was trained with, which is said."""
+IGNORED = ("image_size", "patch_dropout", "pretrained", "name", "path", "arguments")
+"""Those that shapes tell, that act on training alone, or that say where a tower came from."""
+
+
+def load_initial(
+    model: Model, path: Path, *, recipe: Recipe, tokenizer: BPETokenizer, notify: Callable[[str], Any]
+) -> None:
     """Load the weights of a run folder or checkpoint into the model.
 
     Args:
+        recipe: what the model was built by.
         tokenizer: the recipe's; ids must mean the same there, the cap may differ.
         notify: told what was loaded and which positions were resized.
 
     Raises:
-        CheckpointError: another vocabulary, or a tensor that does not fit and is no position embedding.
+        CheckpointError: another vocabulary, a tower that computes otherwise, or a tensor that does not fit and is no
+            position embedding.
     """
     checkpoint = read_checkpoint(path)
     _check_vocabulary(checkpoint, tokenizer, "training.init")
+    for prefix in model.towers:
+        _check_settings(checkpoint, recipe, prefix, "training.init", notify)
     tensors = checkpoint.model()
     for prefix in model.towers:
         _fit_positions(tensors, model.state_dict(), prefix, path, notify, within=f"{prefix}.")
@@ -49,7 +64,7 @@ def load_initial(model: Model, path: Path, *, tokenizer: BPETokenizer, notify: C
 
 
 def load_initial_tower(
-    model: Model, prefix: str, path: Path, *, tokenizer: BPETokenizer, notify: Callable[[str], Any]
+    model: Model, prefix: str, path: Path, *, recipe: Recipe, tokenizer: BPETokenizer, notify: Callable[[str], Any]
 ) -> None:
     """Load the weights of one tower, `text` or `image`, of a run folder or checkpoint that has such a tower.
 
@@ -57,7 +72,7 @@ def load_initial_tower(
     fresh, those of one that is gone are left away.
 
     Raises:
-        CheckpointError: there is no such tower, another vocabulary, or another shape.
+        CheckpointError: there is no such tower, another vocabulary, another shape, or a tower that computes otherwise.
     """
     key, tower = f"training.init_{prefix}", model.towers[prefix]
     checkpoint = read_checkpoint(path)
@@ -67,6 +82,7 @@ def load_initial_tower(
     tensors = {name.removeprefix(start): t for name, t in checkpoint.model().items() if name.startswith(start)}
     if not tensors:
         raise CheckpointError(f"{key} = {str(path)!r}: this checkpoint has no {prefix} tower")
+    _check_settings(checkpoint, recipe, prefix, key, notify)
     expected = tower.state_dict()
     _fit_positions(tensors, expected, prefix, path, notify)
     if prefix == "text":
@@ -87,6 +103,24 @@ def _check_vocabulary(checkpoint: Checkpoint, tokenizer: BPETokenizer, key: str)
             f"{key} = {str(checkpoint.path)!r} was trained with another vocabulary: set tokenizer.path = "
             f"'{checkpoint.tokenizer_path}'"
         )
+
+
+def _check_settings(
+    checkpoint: Checkpoint, recipe: Recipe, prefix: str, key: str, notify: Callable[[str], Any]
+) -> None:
+    """Raises CheckpointError where a tower's table in the recipe says otherwise than that of the checkpoint."""
+    theirs = parse_toml(checkpoint.recipe_toml, where=str(checkpoint.path / "recipe.toml"))
+    before, now = (getattr(one, prefix).model_dump(mode="json") for one in (theirs, recipe))
+    changed = {
+        name: (now.get(name), before.get(name)) for name in {**now, **before} if now.get(name) != before.get(name)
+    }
+    told = [f"{prefix}.{name} = {here!r} here, {there!r} there" for name, (here, there) in changed.items()
+            if name not in (*ANNOUNCED, *IGNORED)]  # fmt: skip
+    if told:
+        raise CheckpointError(f"{key} = {str(checkpoint.path)!r} has another {prefix} tower: {', '.join(told)}")
+    for name in ANNOUNCED:
+        if name in changed:
+            notify(f"{prefix}.{name}: {changed[name][0]} here, {changed[name][1]} in {checkpoint.path}")
 
 
 def _fit_positions(

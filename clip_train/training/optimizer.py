@@ -85,6 +85,7 @@ def lion(
 def muon(
     parameters: Parameters,
     *,
+    embeddings: set[str],
     no_decay: set[str],
     lr: float,
     momentum: float,
@@ -95,10 +96,14 @@ def muon(
     lr_scales: Mapping[str, float] = {},
     share: Share | None = None,
 ) -> torch.optim.Optimizer:
-    """Muon over hidden matrices and convolutions; AdamW over embeddings, gains, biases and other vectors."""
+    """Muon over hidden matrices and convolutions; AdamW over embeddings, gains, biases and other vectors.
+
+    Args:
+        embeddings: names of the tables whose rows are looked up.
+    """
     named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     # An embedding's rows are looked up one at a time: there is no matrix product whose spectrum matters.
-    hidden = [(n, p) for n, p in named if p.ndim >= 2 and "embedding" not in n and n not in no_decay]
+    hidden = [(n, p) for n, p in named if p.ndim >= 2 and n not in embeddings | no_decay]
     names = {name for name, _ in hidden}
     rest = [(name, parameter) for name, parameter in named if name not in names]
     groups = [

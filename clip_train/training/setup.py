@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from clip_train.config.load import dump_recipe
-from clip_train.config.schema import Recipe, Training
+from clip_train.config.schema import Recipe
 from clip_train.data.bad_samples import BadSampleLog
 from clip_train.data.stream import Stream
 from clip_train.errors import ConfigError, DataError, UserError
@@ -85,7 +85,7 @@ def set_up(
     torch.manual_seed(recipe.training.seed)
     objective = build_objective(recipe, tokenizer)
     model = build_model(recipe, tokenizer)
-    prepare_weights(recipe.training, model, tokenizer, console.print if process.is_main else lambda _: None)
+    prepare_weights(recipe, model, tokenizer, console.print if process.is_main else lambda _: None)
     wrapped = build_parallel(recipe, model, process)
     optimizer = build_optimizer(recipe, model)
     separate_shards(optimizer)
@@ -136,13 +136,14 @@ def set_up(
     return run
 
 
-def prepare_weights(training: Training, model: Model, tokenizer: BPETokenizer, notify: Callable[[str], Any]) -> None:
+def prepare_weights(recipe: Recipe, model: Model, tokenizer: BPETokenizer, notify: Callable[[str], Any]) -> None:
     """What the first step starts from, and what of it stays as it is."""
+    training = recipe.training
     if training.init is not None:
-        load_initial(model, Path(training.init), tokenizer=tokenizer, notify=notify)
+        load_initial(model, Path(training.init), recipe=recipe, tokenizer=tokenizer, notify=notify)
     for prefix, path in (("text", training.init_text), ("image", training.init_image)):
         if path is not None:
-            load_initial_tower(model, prefix, Path(path), tokenizer=tokenizer, notify=notify)
+            load_initial_tower(model, prefix, Path(path), recipe=recipe, tokenizer=tokenizer, notify=notify)
     if training.lock is not None:
         for prefix, tower in model.towers.items():
             lock_(tower, getattr(training.lock, prefix), key=f"training.lock.{prefix}")

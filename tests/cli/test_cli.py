@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def test_eval_of_a_run_and_of_a_checkpoint_agree(run_dir: Path, tmp_path: Path) 
     first, second = (json.loads((tmp_path / name / "eval.json").read_text()) for name in "01")
     assert first == second
     assert first["retrieval/seen/images"] == 60
+    # A checkpoint that lies in no run keeps its figures to itself.
+    alone = tmp_path / "deep" / "alone"
+    shutil.copytree(run_dir / "checkpoints" / "step_6", alone)
+    assert main(["eval", str(alone)]) == 0
+    assert json.loads((alone / "eval.json").read_text()) == first
+    assert [path.name for path in alone.parent.iterdir()] == ["alone"]
 
 
 def test_report(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

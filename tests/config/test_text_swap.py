@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_train.config.load import load_recipe, parse_recipe
+from clip_train.config.load import load_recipe, parse_recipe, set_values
+from clip_train.config.schema import BertText
 from clip_train.errors import ConfigError
 from clip_train.from_recipe.model import build_model, build_text_tower
 from tokenizer import BPETokenizer
@@ -49,6 +50,28 @@ def test_another_kind_of_tower(kind: str, vocabulary: BPETokenizer) -> None:
     assert recipe.text.kind == kind
     with torch.device("meta"):
         assert build_model(recipe, vocabulary).text.pool == recipe.text.pool
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "modern"])
+def test_another_kind_is_of_the_same_size_and_keeps_what_was_given_beside_it(kind: str) -> None:
+    before = load_recipe("debug")
+    size = (before.text.width, before.text.layers, before.text.heads)
+    first, last = (load_recipe("debug", sets) for sets in (
+        [f"text.kind={kind}", "text.pool=max"], ["text.pool=max", f"text.kind={kind}"]
+    ))  # fmt: skip
+    assert first == last
+    assert (first.text.width, first.text.layers, first.text.heads) == size
+    assert first.text.pool == "max"
+    # What only the old kind knows is refused, not dropped.
+    with pytest.raises(ConfigError, match="padding"):
+        load_recipe("debug", ["text.padding=attended", f"text.kind={kind}"])
+
+
+def test_to_transformers_and_back_no_size_is_carried_along() -> None:
+    there = ["text.kind=transformers", "text.name=bert"]
+    assert load_recipe("debug", there).text.kind == "transformers"
+    again = set_values(load_recipe("debug", there), ["text.kind=bert"])
+    assert again.text == BertText()
 
 
 def test_an_own_kind_named_again_keeps_the_sizes() -> None:

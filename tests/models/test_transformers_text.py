@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from clip_train.cli import main
 from clip_train.config.load import parse_recipe
 from clip_train.errors import ConfigError
-from clip_train.from_recipe.model import build_text_tower, build_tokenizer
+from clip_train.from_recipe.model import build_model, build_text_tower, build_tokenizer
+from clip_train.loading import load
 from clip_train.models.adapters import TransformersText
 from clip_train.models.flops import text_flops
+from clip_train.models.language import LanguageModel
 from clip_train.models.pooling import POOLS
 from clip_train.models.two_tower import TwoTower
 from clip_train.models.vision import VisionTransformer
@@ -152,3 +156,62 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("clip_train.models.adapters.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'clip-train\[probe\]'"):
         tower("bert")
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "t5", "gpt2"])
+def test_a_checkpoint_opens_again(
+    name: str, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With what transformers keeps out of checkpoints: positions, frequencies."""
+    recipe_tree["text"] = {"kind": "transformers", "name": name, "arguments": NAMES[name]}
+    recipe_tree["training"]["steps"] = 2
+    recipe_tree["tokenizer"] = {"context_length": 12}
+    run_dir = tmp_path / "run"
+    assert main(["train", str(write_recipe(recipe_tree)), "--run-dir", str(run_dir)]) == 0
+    clip = load(run_dir)
+    torch.manual_seed(0)
+    recipe = parse_recipe(recipe_tree)
+    built = build_text_tower(recipe, build_tokenizer(recipe)).eval()
+    built.load_state_dict(clip.model.text.state_dict())
+    ids, lengths = clip.tokenizer.encode_batch(["a red square", "ring"])
+    grid = torch.from_numpy(clip.tokenizer.padded(ids, lengths)).long()
+    counts = torch.from_numpy(lengths).long()
+    expected = torch.nn.functional.normalize(clip.model.text_projection(built(grid, counts).pooled), dim=-1)
+    torch.testing.assert_close(clip.encode_text(["a red square", "ring"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "loss", "message"),
+    [
+        ("gpt2", {}, "clm", None),
+        ("bert", {}, "mlm", None),
+        ("gpt2", {}, "mlm", "it is causal, .* take loss.kind = 'clm'"),
+        ("bert", {}, "clm", "it is bidirectional, .* take loss.kind = 'mlm'"),
+        ("electra", {"embedding_size": 16}, "mlm", "embeddings are of 16 numbers, its tokens of 32"),
+    ],
+)
+def test_language_models_of_transformers(
+    name: str, more: dict[str, Any], loss: str, message: str | None, recipe_tree: dict[str, Any]
+) -> None:
+    tree = {key: value for key, value in recipe_tree.items() if key not in ("image", "evaluation", "model")}
+    tree |= {"text": {"kind": "transformers", "name": name, "arguments": NAMES.get(name, SMALL) | more}}
+    tree |= {"loss": {"kind": loss}, "tokenizer": {"context_length": 12}}
+    recipe = parse_recipe(tree)
+    if message is not None:
+        with pytest.raises(ConfigError, match=message):
+            build_model(recipe, build_tokenizer(recipe))
+        return
+    model = build_model(recipe, build_tokenizer(recipe))
+    assert isinstance(model, LanguageModel)
+    logits = model(torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.tensor([1]))
+    assert logits.shape == (1, model.embeddings.shape[0])
+
+
+def test_logits_over_t5s_unit_embeddings_begin_small(recipe_tree: dict[str, Any]) -> None:
+    tree = {key: value for key, value in recipe_tree.items() if key not in ("image", "evaluation", "model")}
+    tree |= {"text": {"kind": "transformers", "name": "t5", "arguments": T5}, "loss": {"kind": "mlm"}}
+    recipe = parse_recipe(tree | {"tokenizer": {"context_length": 12}})
+    torch.manual_seed(0)
+    model = build_model(recipe, build_tokenizer(recipe))
+    logits = model(torch.arange(10)[None], torch.tensor([10]), torch.arange(10))
+    assert 0.5 < logits.std() < 2

@@ -131,10 +131,25 @@ def test_towers_that_are_not_there_or_do_not_fit_are_refused(
     recipe = str(write_recipe(tree))
     cases = (
         (["training.init_image"], "this checkpoint has no image tower"),
-        (["training.init_text", "text.width=32"], "does not fit the recipe"),
+        (["training.init_text", "text.width=32"], "text.width = 32 here, 16 there"),
+        (["training.init_text", "text.heads=4"], "text.heads = 4 here, 2 there"),
+        (["training.init_text", "text.activation=quick_gelu"], "activation = 'quick_gelu' here, 'gelu' there"),
+        (["training.init_text", "text.kind=modern"], "text.kind = 'modern' here, 'transformer' there"),
+        (["training.init", "image.heads=4"], "image.heads = 4 here, 2 there"),
     )
+    assert main(["train", recipe, "--run-dir", str(tmp_path / "clip")]) == 0
     for (key, *others), message in cases:
-        sets = [f"{key}={tmp_path / 'mlm'}", *others]
+        sets = [f"{key}={tmp_path / ('clip' if key == 'training.init' else 'mlm')}", *others]
         arguments = [part for one in sets for part in ("--set", one)]
         assert main(["train", recipe, "--run-dir", str(tmp_path / "no"), *arguments]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_mask_is_announced(
+    tree: dict[str, Any], write_recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(write_recipe(text_only(tree))), "--run-dir", str(tmp_path / "mlm")]) == 0
+    recipe = str(write_recipe(tree))
+    start = ["--set", f"training.init_text={tmp_path / 'mlm'}", "--set", "text.attention=causal"]
+    assert main(["train", recipe, "--run-dir", str(tmp_path / "run"), *start]) == 0
+    assert "text.attention: causal here, bidirectional in" in " ".join(capsys.readouterr().out.split())

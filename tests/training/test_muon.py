@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from clip_train.config.load import parse_recipe
+from clip_train.from_recipe.model import build_model, build_tokenizer
+from clip_train.from_recipe.update import build_optimizer
 from clip_train.training.muon import POLAR_EXPRESS, MuonAdamW, Share, deal, orthogonalize, orthogonalize_all
 from clip_train.training.optimizer import load_named_state, muon, named_state
 
@@ -137,6 +141,7 @@ def test_groups_and_state() -> None:
         model = Model()
         optimizer = muon(
             model.named_parameters(),
+            embeddings={"token_embedding.weight"},
             no_decay=set(),
             lr=0.1,
             momentum=0.9,
@@ -169,3 +174,29 @@ def test_groups_and_state() -> None:
     optimizer.step()
     fresh.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "tables"),
+    [
+        ({"width": 16, "layers": 1, "heads": 2}, {"token_embedding.weight", "positional_embedding"}),
+        ({"kind": "t5", "width": 16, "layers": 1, "heads": 2}, {"token_embedding.weight", "relative_bias.weight"}),
+        (
+            {"kind": "transformers", "name": "gpt2", "arguments": {"n_embd": 16, "n_layer": 1, "n_head": 2}},
+            {"backbone.wte.weight", "backbone.wpe.weight"},
+        ),
+        (
+            {"kind": "transformers", "name": "t5", "arguments": {"d_model": 16, "num_layers": 1, "num_heads": 2}},
+            {"backbone.shared.weight", "backbone.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"},
+        ),
+    ],
+)
+def test_tables_are_not_orthogonalized(text: dict[str, Any], tables: set[str], recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["text"], recipe_tree["optimizer"] = text, {"kind": "muon", "lr": 1e-3}
+    recipe = parse_recipe(recipe_tree | {"tokenizer": {"context_length": 12}})
+    model = build_model(recipe, build_tokenizer(recipe))
+    optimizer, names = build_optimizer(recipe, model), {p: name for name, p in model.named_parameters()}
+    hidden = {names[p] for group in optimizer.param_groups if group["orthogonalize"] for p in group["params"]}
+    assert {f"text.{table}" for table in tables} == {n for n in names.values() if n.startswith("text.")} & {
+        name for name, p in model.named_parameters() if p.ndim >= 2 and name not in hidden
+    }
