@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def run_cli(*arguments: str, env: dict[str, str] | None = None, **options: Any) 
         [sys.executable, "-m", "clip_train", *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, **(env or {})},
         **options,
     )
@@ -105,11 +106,31 @@ def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Comp
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
     )
     try:
-        stdout, stderr = started.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
+        stdout, stderr = started.communicate(timeout=600)
+    except BaseException:
+        kill_all(started.pid)
         raise
     return subprocess.CompletedProcess(command, started.returncode, stdout, stderr)
+
+
+def kill_all(pid: int) -> None:
+    """A process and all that it started, also what is in sessions of its own, as torchrun's workers are."""
+    for one in [*descendants(pid), pid]:
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children and so on, of a process that is still there."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

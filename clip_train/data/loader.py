@@ -7,12 +7,14 @@ workers to the trainer, who finishes its step first.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -85,6 +87,11 @@ class Loader(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         iterator = _started(self._loader)
         notice = SlowNotice()
+        stop = partial(_shutdown, iterator)
+        if self._workers:
+            # An error that nobody catches keeps this generator alive to the end, where multiprocessing would wait for
+            # ever for workers that ignore its SIGTERM. What is registered last comes first.
+            atexit.register(stop)
         try:
             for number in self._numbers:
                 with notice.waiting_for(f"item {number} of the data"):
@@ -96,7 +103,8 @@ class Loader(Generic[Item]):
         finally:
             notice.close()
             if self._workers:  # also where the consumer stops early or fails: leave no process behind
-                iterator._shutdown_workers()  # pyright: ignore  (DataLoader has no public way)
+                atexit.unregister(stop)
+                stop()
 
     def _next(self, iterator: Iterator[Item | UserError]) -> Item | UserError:
         try:
@@ -145,6 +153,10 @@ def _started(loader: DataLoader[Item]) -> Iterator[Item]:
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     return iterator
+
+
+def _shutdown(iterator: Any) -> None:
+    iterator._shutdown_workers()  # DataLoader has no public way
 
 
 def _exit_codes(iterator: Iterator[Any]) -> list[int]:

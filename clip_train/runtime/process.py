@@ -7,6 +7,7 @@ the fp16 loss scaler. It never gets a loader, a model or a schedule.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, UserError
 from clip_train.runtime.memory import keep_freed_memory
 from clip_train.runtime.rendezvous import join_group
 from clip_train.runtime.teardown import leave_group
@@ -114,6 +115,11 @@ def launched(
             accelerator=accelerator,
             local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         )
+    except UserError:
+        if accelerator.num_processes > 1:
+            # torchrun's, where another process ended sooner for the same reason: the message has still to be printed.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     finally:
         leave_group()
         # accelerate keeps its state for the life of the interpreter; the next launch may be of another precision.

@@ -105,8 +105,9 @@ class Saver:
         self._hook.remove()
         if kind is None:
             self.finish()
-        elif self._thread is not None and issubclass(kind, Exception):  # not for who asked twice to end at once
-            self._thread.join(60)  # other processes may be gone: do not wait for them for ever
+        elif self._thread is not None:
+            # Other processes may be gone: do not wait for them for ever, and hardly for who asked twice to end at once.
+            self._thread.join(60 if issubclass(kind, Exception) else 5)
 
     @property
     def busy(self) -> bool:

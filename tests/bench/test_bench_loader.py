@@ -54,7 +54,7 @@ def test_the_command_compares_and_judges(shards: list[Path], tmp_path: Path) -> 
     command = [sys.executable, "-m", "clip_train", "bench", "loader", *map(str, shards), "--size", "32", "--scaled"]
     command += ["--batch-size", "8", "--batches", "2", "--rounds", "1", "--threads", "2", "--ways", "0:1"]
     found = subprocess.run(
-        [*command, "--bar", "1000"], capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "200"}
+        [*command, "--bar", "1000"], capture_output=True, text=True, timeout=600, env=os.environ | {"COLUMNS": "200"}
     )
     lines = found.stdout.splitlines()
     assert found.returncode == 1, found.stderr

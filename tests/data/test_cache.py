@@ -116,13 +116,13 @@ def test_room_is_waited_for(server: ShardServer, tmp_path: Path) -> None:
 
 
 def test_no_room(server: ShardServer, tmp_path: Path) -> None:
-    cache = Cache(tmp_path, max_bytes=15_000, transfer=IMPATIENT)
+    cache, hurried = (Cache(tmp_path, max_bytes=15_000, transfer=transfer) for transfer in (HASTY, IMPATIENT))
     url = server.url("0.tar")
     with (
         cache.opened(url, look_up(url, HASTY), anything),
         pytest.raises(DataError, match=r"1\.tar.*is in use.*cache_gib"),
     ):
-        read(cache, server.url("1.tar"))
+        read(hurried, server.url("1.tar"))
     server.files["big.tar"] = bytes(20_000)
     with pytest.raises(DataError, match=r"big\.tar.*20000 bytes.*more than the whole cache.*data\.cache_gib"):
         read(cache, server.url("big.tar"))

@@ -15,8 +15,8 @@ _TRIAL = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /m
 
 def _may_mount() -> bool:
     try:
-        return subprocess.run(_TRIAL, capture_output=True, timeout=10).returncode == 0
-    except OSError:
+        return subprocess.run(_TRIAL, capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.SubprocessError):
         return False
 
 

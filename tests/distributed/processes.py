@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from conftest import descendants, kill_all
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
@@ -33,25 +34,8 @@ def started(
     try:
         yield process
     finally:
-        for pid in [*descendants(process.pid), process.pid]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        kill_all(process.pid)
         process.wait(30)
-
-
-def descendants(pid: int) -> list[int]:
-    """Children, their children and so on, of a process that is still there."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
 
 
 def worker(agent: int, rank: int) -> int:

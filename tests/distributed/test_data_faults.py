@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,8 @@ def run_faulty(
         monkeypatch.setenv("FAULT", fault)
         monkeypatch.setenv("FOLDER", str(tmp_path))
         recipe, run_dir = write_recipe(recipe_tree), tmp_path / "run"
-        began = time.monotonic()
         done = torchrun(2, str(FAULTS), "train", str(recipe), "--run-dir", str(run_dir))
         assert done.returncode == 1, done.stderr  # torchrun's own code where a process failed
-        assert time.monotonic() - began < 120  # the collectives' limit, which would end a wait, is 600 s
         return done.stderr, run_dir
 
     return run

@@ -66,9 +66,10 @@ def test_slurm_queues_a_signalled_job_again_and_it_goes_on_exactly(
     tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
 ) -> None:
     """`srun` runs its command here; `scontrol` knows one node and writes down what it is asked."""
-    recipe_tree["training"]["steps"] = 60
-    recipe_tree["checkpoint"]["every_steps"] = 1000
+    recipe_tree["training"]["steps"] = 2000
+    recipe_tree["checkpoint"]["every_steps"] = 10_000
     recipe_tree["evaluation"] = {"tasks": {}}
+    recipe_tree["schedule"] = {"kind": "constant", "warmup_steps": 2}
     recipe, run_dir, whole, asked = write_recipe(recipe_tree), tmp_path / "run", tmp_path / "whole", tmp_path / "asked"
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
@@ -98,9 +99,11 @@ def test_slurm_queues_a_signalled_job_again_and_it_goes_on_exactly(
             os.killpg(job.pid, signal.SIGKILL)
     told = json.loads((run_dir / "INTERRUPTED").read_text())
     assert told["signal"] == "SIGUSR1"
-    assert 3 < told["step"] < 60
+    assert 3 < told["step"] < 2000
     assert asked.read_text() == "requeue 7\n", (tmp_path / "log").read_text()
 
+    recipe_tree["training"]["steps"] = told["step"] + 20  # the schedule is constant: what was done stays as it is
+    write_recipe(recipe_tree)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert f"at step {told['step']}" in done.stdout

@@ -134,7 +134,7 @@ def test_running_statistics_are_batch_norms() -> None:
 def test_data_that_never_comes_ends_the_run_and_says_where_it_hangs(
     tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
 ) -> None:
-    recipe_tree["faults"] = {"stall_minutes": 0.05}
+    recipe_tree["faults"] = {"stall_minutes": 0.2}
     recipe_tree["data"]["workers"] = 1
     script = Path(__file__).parent / "hanging.py"
     command = [sys.executable, str(script), "train", str(write_recipe(recipe_tree)), "--run-dir", str(tmp_path / "run")]
@@ -143,3 +143,14 @@ def test_data_that_never_comes_ends_the_run_and_says_where_it_hangs(
     assert "rank 0 on" in done.stderr
     assert "in 'data' of step 3" in done.stderr
     assert "next_batch" in done.stderr, "the stack of the main thread"
+
+
+def test_an_error_that_nobody_foresaw_ends_the_process_though_workers_wait(
+    tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path]
+) -> None:
+    recipe_tree["data"]["workers"] = 2
+    script = Path(__file__).parent / "breaking.py"
+    command = [sys.executable, str(script), "train", str(write_recipe(recipe_tree)), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert "RuntimeError: something new" in done.stderr

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from clip_train.cli import main
 
+SCRIPT = Path(__file__).parent / "signalled.py"
 EXACT = ("step", "loss", "logit_scale", "lr", "grad_norm", "batch")
 
 
@@ -25,25 +25,22 @@ def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
     return [tuple(line[key] for key in EXACT) for line in metrics_of(run_dir)]
 
 
-def start(recipe: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "clip_train", "train", str(recipe), "--run-dir", str(run_dir)]
+def signalled(recipe: Path, run_dir: Path, step: int, number: signal.Signals, *overrides: str) -> tuple[int, str]:
+    """Exit code and output of a run that gets a signal in a step."""
+    command = [sys.executable, str(SCRIPT), "train", str(recipe), "--run-dir", str(run_dir)]
     for override in overrides:
         command += ["--set", override]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    env = {**os.environ, "STEP": str(step), "SIGNAL": str(int(number))}
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        timeout=600,
+        env=env,
     )
-
-
-def wait_for_line(run_dir: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    path = run_dir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        if process.poll() is not None:
-            raise AssertionError(f"ended early: {process.stdout.read() if process.stdout else ''}")
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} did not come in {seconds} s")
+    return done.returncode, done.stdout
 
 
 def test_kill_and_signals_then_resume_is_the_uninterrupted_run(
@@ -59,20 +56,15 @@ def test_kill_and_signals_then_resume_is_the_uninterrupted_run(
     done = run_cli("train", str(recipe), "--run-dir", str(whole))
     assert done.returncode == 0, done.stdout + done.stderr
 
-    process = start(recipe, cut)
-    wait_for_line(cut, 12, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+    assert signalled(recipe, cut, 12, signal.SIGKILL)[0] == -signal.SIGKILL
     saved = {path.name for path in (cut / "checkpoints").glob("step_*")}
     assert saved, "a checkpoint was there before the kill"
 
-    process = start(recipe, cut, "data.workers=1", "data.threads=2")  # other numbers of them: the same run
-    wait_for_line(cut, 30, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
+    # Other numbers of workers and threads: the same run.
+    code, output = signalled(recipe, cut, 30, signal.SIGTERM, "data.workers=1", "data.threads=2")
+    assert code == 143, output
     stopped_at = json.loads((cut / "checkpoints/latest/state.json").read_text())["step"]
-    assert 30 <= stopped_at < 60
+    assert stopped_at == 30
     assert f"at step {stopped_at}" in output
 
     done = run_cli("train", str(recipe), "--run-dir", str(cut), "--resume", "auto")
