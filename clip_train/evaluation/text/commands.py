@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "encoders", nargs="+", type=Path, metavar="PATH",
         help="runs or checkpoints of ours, transformers or open_clip directories; several are compared with the first",
     )  # fmt: skip
-    parser.add_argument("--suite", choices=["text"], default="text")
+    parser.add_argument("--suite", choices=list(SUITES), default="text", help="what is asked (default text)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
         help="default: PATH/probe; of several encoders each gets a folder of its name in DIR",
@@ -59,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_probe(args: argparse.Namespace) -> int:
-    """Run the suite on every encoder; several are compared at the end."""
+    """Run the suite that was asked for."""
+    return SUITES[args.suite](args)
+
+
+def probe_texts(args: argparse.Namespace) -> int:
+    """Run the text suite on every encoder; several are compared at the end."""
     console = Console(highlight=False)
     from clip_train.evaluation.text.encoder import open_encoder
     from clip_train.evaluation.text.finetune import Settings
@@ -95,6 +100,10 @@ def run_probe(args: argparse.Namespace) -> int:
         write_comparison(target, list(found), differences)
         console.print(str(target), soft_wrap=True)
     return 0
+
+
+SUITES: dict[str, Callable[[argparse.Namespace], int]] = {"text": probe_texts}
+"""By name; each writes NAME.json and NAME.npz."""
 
 
 def _extra(args: argparse.Namespace) -> list[TextTask]:

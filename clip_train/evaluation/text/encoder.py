@@ -71,7 +71,7 @@ class Sequences(NamedTuple):
     """How many lost something to the cap."""
 
 
-class TextTower(Protocol):
+class ProbedTower(Protocol):
     """A tower with its tokenizer, of whatever library."""
 
     @property
@@ -108,7 +108,7 @@ class PooledEncoder:
     """
 
     def __init__(
-        self, name: str, tower: TextTower, *, device: torch.device | str = "cpu", batch_tokens: int = 2048
+        self, name: str, tower: ProbedTower, *, device: torch.device | str = "cpu", batch_tokens: int = 2048
     ) -> None:
         self.name, self.tower, self.batch_tokens = name, tower, batch_tokens
         self.width, self.pools = tower.width, (OWN, *tower.free_pools)
@@ -176,7 +176,7 @@ def open_encoder(path: str | os.PathLike[str], *, device: torch.device | str = "
     return PooledEncoder(path.name or str(path), _open_tower(path), device=device)
 
 
-def _open_tower(path: Path) -> TextTower:
+def _open_tower(path: Path) -> ProbedTower:
     # Each is imported where it is wanted: other libraries take seconds.
     if (path / "open_clip_config.json").is_file():
         from clip_train.evaluation.text import open_clip_tower as room
