@@ -37,6 +37,35 @@ def test_our_run_gives_the_towers_output_and_the_joint_space(run: Path) -> None:
     np.testing.assert_allclose(encoder.encode(TEXTS), want, atol=1e-5)
 
 
+def test_the_average_is_read_where_the_recipe_or_the_command_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    sets = ["training.steps=3", "schedule.warmup_steps=0", "evaluation.tasks={}", "training.ema={decay=0.5}",
+            "evaluation.weights=ema"]  # fmt: skip
+    averaged = tmp_path / "averaged"
+    assert main(["train", "debug", "--run-dir", str(averaged), *[part for one in sets for part in ("--set", one)]]) == 0
+    joint = {
+        weights: clip_train.load(averaged, weights=weights).encode_text(TEXTS).numpy() for weights in ("raw", "ema")
+    }
+    assert np.abs(joint["raw"] - joint["ema"]).max() > 1e-3
+    for asked, read in ((None, "ema"), ("raw", "raw"), ("ema", "ema")):
+        np.testing.assert_allclose(open_encoder(averaged, weights=asked).joint(TEXTS), joint[read], atol=1e-5)
+        flags = [] if asked is None else ["--weights", asked]
+        assert main(["probe", str(averaged), "--tasks", "exp2/same_picture_clipart", *flags]) == 0
+        assert json.loads((averaged / "probe/text.json").read_text())["encoder"]["weights"] == read
+    np.testing.assert_array_equal(open_encoder(run).joint(TEXTS), open_encoder(run, weights="raw").joint(TEXTS))
+    capsys.readouterr()
+    assert main(["probe", str(run), "--weights", "ema"]) == 2
+    assert "no averaged weights" in capsys.readouterr().err
+
+
+def test_weights_are_a_choice_of_our_checkpoints_alone(bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", str(bert), "--weights", "raw"]) == 2
+    assert "no path is one" in capsys.readouterr().err
+
+
 def test_an_open_clip_directory_gives_open_clips_vectors(run: Path, tmp_path: Path) -> None:
     import open_clip
 

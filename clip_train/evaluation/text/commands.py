@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", default="", metavar="NAME[,NAME]", help="exp1, exp2, exp1/topic, … (default: all that are there)"
     )
+    parser.add_argument(
+        "--weights",
+        choices=["raw", "ema"],
+        help="of checkpoints of ours: trained or averaged; default: as the recipe says",
+    )
     parser.add_argument("--device", default="cpu", help="where the encoder runs (default cpu; cuda where there is one)")
     parser.add_argument(
         "--sentiment", type=Path, metavar="DIR|FILE",
@@ -66,7 +71,7 @@ def run_probe(args: argparse.Namespace) -> int:
 def probe_texts(args: argparse.Namespace) -> int:
     """Run the text suite on every encoder; several are compared at the end."""
     console = Console(highlight=False)
-    from clip_train.evaluation.text.encoder import open_encoder
+    from clip_train.evaluation.text.encoder import is_ours, open_encoder
     from clip_train.evaluation.text.finetune import Settings
     from clip_train.evaluation.text.suite import EXP3, Pictures, choose, run_suite, save_suite
 
@@ -75,9 +80,11 @@ def probe_texts(args: argparse.Namespace) -> int:
     finetune = Settings(epochs=args.epochs, lr=args.lr, seeds=args.seeds) if args.finetune else None
     generator = _generator(args.generator, asked=EXP3 in wanted) if not wanted or EXP3 in wanted else None
     places = _places(args.encoders, args.out)
+    if args.weights is not None and not any(map(is_ours, args.encoders)):
+        raise UserError("--weights chooses among those of a checkpoint of ours, and no path is one: leave it out")
     found: dict[str, list[TaskResult]] = {}
     for (name, out), path in zip(places.items(), args.encoders, strict=True):
-        encoder = open_encoder(path, device=args.device)
+        encoder = open_encoder(path, device=args.device, weights=args.weights)
         pictures = None if generator is None else Pictures(generator, args.budget, out / "pictures.png")
         learned = sum(experiment == "exp1" for experiment, _ in tasks) if finetune else 0
         with _progress(console) as progress:

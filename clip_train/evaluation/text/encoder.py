@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_train.errors import CheckpointError, DataError
+from clip_train.loading import Weights
 from clip_train.models.base import TowerOutput
 from clip_train.models.pooling import pool_tokens
 
 Vectors = NDArray[np.float32]
+_OPEN_CLIP = "open_clip_config.json"
 OWN = "own"
 """The pool that the tower was trained with."""
 
@@ -77,6 +79,11 @@ class ProbedTower(Protocol):
     @property
     def module(self) -> nn.Module:
         """What holds the parameters that `run` uses."""
+        ...
+
+    @property
+    def weights(self) -> Weights | None:
+        """Which of a checkpoint of ours were read; None of other libraries', which have one kind."""
         ...
 
     @property
@@ -164,8 +171,13 @@ class PooledEncoder:
         return found[pool]
 
 
-def open_encoder(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> PooledEncoder:
+def open_encoder(
+    path: str | os.PathLike[str], *, device: torch.device | str = "cpu", weights: Weights | None = None
+) -> PooledEncoder:
     """The encoder of a run folder or checkpoint of ours, a transformers directory, or an open_clip directory.
+
+    Args:
+        weights: of a checkpoint of ours; by default those that its recipe's evaluation measures.
 
     Raises:
         CheckpointError: the path is none of these, or lacks weights or a tokenizer.
@@ -173,18 +185,25 @@ def open_encoder(path: str | os.PathLike[str], *, device: torch.device | str = "
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    return PooledEncoder(path.name or str(path), _open_tower(path), device=device)
+    return PooledEncoder(path.name or str(path), _open_tower(path, weights), device=device)
 
 
-def _open_tower(path: Path) -> ProbedTower:
+def _open_tower(path: Path, weights: Weights | None) -> ProbedTower:
     # Each is imported where it is wanted: other libraries take seconds.
-    if (path / "open_clip_config.json").is_file():
+    if is_ours(path):
+        from clip_train.evaluation.text import our_tower
+
+        return our_tower.open_tower(path, weights)
+    if (path / _OPEN_CLIP).is_file():
         from clip_train.evaluation.text import open_clip_tower as room
-    elif (path / "config.json").is_file():
-        from clip_train.evaluation.text import transformers_tower as room
     else:
-        from clip_train.evaluation.text import our_tower as room
+        from clip_train.evaluation.text import transformers_tower as room
     return room.open_tower(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is read as a run folder or checkpoint of ours: it is no directory of another library."""
+    return not any((path / name).is_file() for name in (_OPEN_CLIP, "config.json"))
 
 
 def acting_pools(encoder: TextEncoder, *, pairs: bool, once: bool = False) -> tuple[str, ...]:

@@ -98,6 +98,7 @@ def save_suite(encoder: PooledEncoder, path: Path, out: Path, results: Sequence[
     """`text.json` and `text.npz`."""
     about: dict[str, Any] = {
         "name": encoder.name, "path": str(path), "width": encoder.width, "pools": list(encoder.pools),
+        "weights": encoder.tower.weights,
         "parameters": sum(parameter.numel() for parameter in encoder.tower.module.parameters()),
     }  # fmt: skip
     write_results(out, about, results)

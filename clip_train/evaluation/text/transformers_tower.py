@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clip_train.errors import CheckpointError
 from clip_train.evaluation.text.encoder import Sequences
+from clip_train.loading import Weights
 from clip_train.models.base import TowerOutput
 from clip_train.models.pooling import FreePool, pool_tokens
 
@@ -50,6 +51,7 @@ class TransformersTower:
     ) -> None:
         self.module, self.tokenizer, self.longest, self.projection = model, tokenizer, longest, projection
         self.own: FreePool = own
+        self.weights: Weights | None = None
         self._clean = clean
         config: Any = model.config
         self.width = int(getattr(config, "hidden_size", None) or config.d_model)
