@@ -15,7 +15,7 @@ import torch
 from clip_train.cli import main
 from clip_train.errors import DataError
 from clip_train.evaluation import statistics
-from clip_train.evaluation.text import bag_of_words, metrics
+from clip_train.evaluation.text import bag_of_words, metrics, suite
 from clip_train.evaluation.text.compare import compare, kind_of
 from clip_train.evaluation.text.encoder import PooledEncoder, Vectors, acting_pools, joined
 from clip_train.evaluation.text.our_tower import OurTower
@@ -287,3 +287,24 @@ def test_the_command_names_the_mistake(run: Path, tmp_path: Path, capsys: pytest
     assert "nearest: exp2/keywords" in capsys.readouterr().err
     assert main(["probe", str(tmp_path / "absent")]) == 2
     assert "no such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["absent"], "no such"),
+        (["empty"], "empty"),
+        (["--finetune", "--epochs", "0"], "epochs = 0"),
+        (["--finetune", "--seeds", "0"], "seeds = 0"),
+        (["--finetune", "--lr", "nan"], "lr = nan"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_probed(
+    arguments: list[str], says: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "probe_task", lambda *_: pytest.fail("it was probed"))
+    assert main(["probe", str(run), *arguments, "--tasks", "exp1/topic", "--out", "out"]) == 2
+    assert says in capsys.readouterr().err

@@ -82,6 +82,8 @@ def probe_texts(args: argparse.Namespace) -> int:
     places = _places(args.encoders, args.out)
     if args.weights is not None and not any(map(is_ours, args.encoders)):
         raise UserError("--weights chooses among those of a checkpoint of ours, and no path is one: leave it out")
+    for path in args.encoders[1:]:
+        open_encoder(path, weights=args.weights)  # takes seconds; its mistakes need not wait for the first one's suite
     found: dict[str, list[TaskResult]] = {}
     for (name, out), path in zip(places.items(), args.encoders, strict=True):
         encoder = open_encoder(path, device=args.device, weights=args.weights)
