@@ -18,7 +18,10 @@ from sklearn.metrics import roc_auc_score  # pyright: ignore
 
 from clip_train import cli
 from clip_train.errors import DataError
+from clip_train.evaluation.text.encoder import PooledEncoder
+from clip_train.evaluation.text.our_tower import OurTower
 from clip_train.evaluation.text.results import write_results
+from clip_train.evaluation.text.suite import Pictures, run_suite
 from clip_train.evaluation.text_to_image import stages, train
 from clip_train.evaluation.text_to_image.baselines import BagOfWords, RandomFeatures
 from clip_train.evaluation.text_to_image.classifier import rank_scores, recall_at
@@ -29,7 +32,9 @@ from clip_train.evaluation.text_to_image.grid import picture_grid
 from clip_train.evaluation.text_to_image.model import PictureModel, WordPrefix
 from clip_train.evaluation.text_to_image.pictures import read_pictures
 from clip_train.evaluation.text_to_image.prefix import fit_prefix, ridge
-from clip_train.evaluation.text_to_image.score import exp3, others
+from clip_train.evaluation.text_to_image.score import BUDGETS, GRID, exp3, others
+from clip_train.models.text import TextTransformer
+from tokenizer import BPETokenizer
 
 from .colours import COLOURS, captioned
 
@@ -229,6 +234,18 @@ def test_what_knows_colours_beats_what_knows_nothing(generator: Generator, tmp_p
 
     again = {one.name: one for one in exp3(ColourEncoder(), generator, budget="small")}
     assert all(np.array_equal(one.items[""], again[name].items[""]) for name, one in knows.items())
+
+
+def test_the_suite_counts_the_texts_that_a_short_tower_cuts(generator: Generator, tmp_path: Path) -> None:
+    tokenizer = BPETokenizer.default(context_length=6)
+    torch.manual_seed(0)
+    tower = TextTransformer(tokenizer.vocab_size, 6, width=16, layers=1, heads=2, attention="bidirectional", pool="cls")
+    encoder = PooledEncoder("short", OurTower(tower, tokenizer))
+    found = run_suite(encoder, [], pictures=Pictures(generator, "small", tmp_path / "grid.png"))
+    texts = {*generator.train.texts, *generator.dev.texts, *generator.test.texts, *GRID, *CAPTIONS}
+    assert len(generator.train.texts) < BUDGETS["small"]["texts"]
+    cut = sum(len(tokenizer.encode(text)) > 4 for text in texts)
+    assert 0 < cut < len(texts) and {one.more["texts_cut"] for one in found} == {cut}
 
 
 def test_another_caption_is_never_the_same_one() -> None:

@@ -120,8 +120,6 @@ class PooledEncoder:
         self.name, self.tower, self.batch_tokens = name, tower, batch_tokens
         self.width, self.pools = tower.width, (OWN, *tower.free_pools)
         self.device = torch.device(device)
-        self.cut = 0
-        """Distinct texts that lost something to the cap so far."""
         tower.module.to(self.device).eval()
 
     @torch.inference_mode()
@@ -129,10 +127,7 @@ class PooledEncoder:
         """See `TextEncoder`. Raises DataError for no texts, or pairs that do not pair up."""
         check_texts(first, second)
         distinct, places = _distinct(first, second)
-        ones = [pair[0] for pair in distinct]
-        twos = None if second is None else [pair[1] for pair in distinct]
-        sequences = self.tower.tokenise(ones, twos)
-        self.cut += sequences.cut
+        sequences = self._tokenised(distinct, pairs=second is not None)
         found = {pool: np.empty((len(distinct), self.width), np.float32) for pool in self.pools}
         for rows in batches([len(ids) for ids in sequences.ids], self.batch_tokens):
             ids, lengths, types = padded(sequences, rows, self.tower.pad)
@@ -142,6 +137,14 @@ class PooledEncoder:
                 pooled = output.pooled if pool == OWN else self.pool(output, ids, pool)
                 found[pool][rows] = pooled.float().cpu().numpy()
         return {pool: vectors[places] for pool, vectors in found.items()}
+
+    def texts_cut(self, first: Sequence[str], second: Sequence[str] | None = None) -> int:
+        """How many distinct texts, or pairs in one sequence, lose something to the tower's cap."""
+        distinct, _ = _distinct(first, second)
+        return self._tokenised(distinct, pairs=second is not None).cut
+
+    def _tokenised(self, distinct: Sequence[tuple[str, str]], *, pairs: bool) -> Sequences:
+        return self.tower.tokenise([one for one, _ in distinct], [two for _, two in distinct] if pairs else None)
 
     def pool(self, output: TowerOutput, ids: Tensor, pool: str) -> Tensor:
         """`(B, W)` by a pool without parameters."""

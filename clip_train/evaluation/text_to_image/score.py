@@ -65,13 +65,11 @@ def exp3(
     Raises:
         DataError: a budget that does not exist; features that say nothing.
     """
-    if budget not in BUDGETS:
-        raise DataError(f"budget {budget!r} is unknown: choose {' or '.join(BUDGETS)}")
-    started, sizes = time.perf_counter(), BUDGETS[budget]
+    started, sizes = time.perf_counter(), _sizes(budget)
     train, dev = _some(generator.train, sizes["texts"]), _some(generator.dev, sizes["dev"])
     rows = _rows(generator.test, sizes["test"])
     test, free = generator.test.where(rows), generator.unconditional[rows]
-    found = encoder.features([*train.texts, *dev.texts, *test.texts, *GRID, *CAPTIONS])
+    found = encoder.features(asked_of(generator, budget))
     cuts = np.cumsum([len(train), len(dev), len(test), len(GRID)])
     parts = {pool: np.split(vectors.astype(np.float32), cuts) for pool, vectors in found.items()}
     fit = fit_prefix(
@@ -104,6 +102,22 @@ def exp3(
     results[0].items[":grid"] = codes.numpy()
     results[0].more.update(_about(generator, fit, budget))
     return results
+
+
+def asked_of(generator: Generator, budget: str) -> list[str]:
+    """The texts that an encoder is asked for: of the pictures to fit to, choose on and measure on, `GRID`, `CAPTIONS`.
+
+    Raises DataError for a budget that does not exist.
+    """
+    sizes = _sizes(budget)
+    parts = ((generator.train, "texts"), (generator.dev, "dev"), (generator.test, "test"))
+    return [*(text for part, most in parts for text in _some(part, sizes[most]).texts), *GRID, *CAPTIONS]
+
+
+def _sizes(budget: str) -> dict[str, int]:
+    if budget not in BUDGETS:
+        raise DataError(f"budget {budget!r} is unknown: choose {' or '.join(BUDGETS)}")
+    return BUDGETS[budget]
 
 
 def _result(name: str, metric: str, items: NDArray[Any], chance: float, fit: Fit, seconds: float) -> TaskResult:
