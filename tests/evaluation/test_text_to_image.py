@@ -264,6 +264,15 @@ def test_names_are_on_one_side(generator: Generator) -> None:
     assert {texts for part in (generator.train,) for texts in part.sets} == {"train"}
 
 
+def test_a_name_is_held_out_whatever_its_set_is_called(generator: Generator) -> None:
+    test = generator.test  # of held-out names alone
+    renamed = replace(generator, test=replace(test, sets=["new"] * len(test)))
+    assert {one.name for one in exp3(BagOfWords(), renamed, budget="small") if "_seen" in one.name} == set()
+    learned = generator.train.where(list(range(40)))
+    upheld = replace(generator, test=replace(learned, sets=["upheld"] * 40), unconditional=torch.zeros(40))
+    assert {one.name for one in exp3(BagOfWords(), upheld, budget="small") if "_held" in one.name} == set()
+
+
 def test_training_that_was_cut_goes_on_to_the_same_bits(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

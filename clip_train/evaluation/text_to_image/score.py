@@ -22,7 +22,7 @@ from clip_train.evaluation.text_to_image.classifier import rank_scores, recall_a
 from clip_train.evaluation.text_to_image.colours import ASKED, CAPTIONS, colour_scores
 from clip_train.evaluation.text_to_image.generator import Generator, Part
 from clip_train.evaluation.text_to_image.grid import picture_grid
-from clip_train.evaluation.text_to_image.pictures import share
+from clip_train.evaluation.text_to_image.pictures import fold, share
 from clip_train.evaluation.text_to_image.prefix import Fit, fit_prefix
 
 GRID = (
@@ -59,7 +59,8 @@ def exp3(
     Returns:
         exp3/nll (bits a code, less is better), exp3/gain (bits that the caption saves), exp3/caption (bits that the
         right caption saves against another's), exp3/concept (rank score of the judge), exp3/recall (at 10), each also
-        of test names that the generator's training held (`_seen`) and did not (`_held`); exp3/colour (of `CAPTIONS`).
+        of test names that `pictures.fold` holds out of any training (`_held`), and of all others (`_seen`), which were
+        trained on where the training pictures have them; exp3/colour (of `CAPTIONS`).
         `exp3/nll` also holds the codes of the grid, as `exp3/nll:grid`.
 
     Raises:
@@ -93,8 +94,8 @@ def exp3(
         ("concept", "rank", concept, judged, np.full(len(judged), 0.5)),
         ("recall", "recall@10", recall, judged, np.full(len(judged), min(1.0, 10 / len(generator.attributes)))),
     ):
-        known = np.array(["held" not in test.sets[row] for row in of])
-        for suffix, mask in (("", known | True), ("_seen", known), ("_held", ~known)):
+        held = np.array([fold(test.captions[row][0]) == "held" for row in of])
+        for suffix, mask in (("", held | True), ("_seen", ~held), ("_held", held)):
             if mask.any():
                 expected = 0.0 if chance is None else float(chance[mask].mean())
                 results.append(_result(f"exp3/{name}{suffix}", metric, items[mask], expected, fit, seconds))
