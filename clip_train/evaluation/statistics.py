@@ -1,9 +1,8 @@
-"""Statistics of comparisons: intervals of differences, p values, corrections, and figures of rank and correlation.
+"""Statistics of items: figures of rank and correlation, resamples of them, p values and their correction.
 
-All is over *paired items*: the same questions put to two models. Where there are several seeds, an item's score is
-one number a seed, and the intervals speak of other seeds as well as of other items.
+Intervals of differences are `comparison.py`'s.
 
-Shapes: `N` items, `S` seeds (of both models, paired), `R` resamples.
+Shapes: `N` items, `R` resamples.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +26,7 @@ Kind = Literal["mean", "auc", "pearson", "spearman"]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, its confidence interval, and a two-sided p value of "it is zero" from the same resamples."""
+    """An estimate, its confidence interval, and a two-sided p value of "it is zero"."""
 
     estimate: float
     low: float
@@ -54,82 +52,6 @@ class Test:
 
     statistic: float
     p: float
-
-
-def paired_bootstrap(
-    first: Values,
-    second: Values,
-    labels: Values | None = None,
-    *,
-    kind: Kind = "mean",
-    level: float = 0.95,
-    resamples: int = 5000,
-    method: Literal["percentile", "bca"] = "percentile",
-    seed: int = 0,
-) -> Interval:
-    """Interval of `kind(first) - kind(second)`, items being drawn with replacement, the same ones for both.
-
-    `first`, `second` `(N,)`, or `(S, N)`: then seeds are drawn as well as items (crossed, since all seeds answer the
-    same items), and the difference is that of the means over seeds. `labels (N,)` for the kinds that need them.
-    Drawing among few seeds gives (S - 1)/S of the variance it should; the seeds' deviations are stretched by
-    sqrt(S/(S - 1)) for that (Davison and Hinkley 1997, section 3.8). Three seeds remain three: such an interval is
-    still on the narrow side, as a normal one is beside a t of 2 degrees of freedom.
-    `bca` is Efron's bias-corrected and accelerated interval (1987), for one seed.
-
-    Raises DataError for items that do not pair up, that are not numbers, or labels of one class.
-    """
-    a, b = _scores(first), _scores(second)
-    y = None if labels is None else _column(labels, "labels")
-    if a.shape != b.shape or (y is not None and y.shape[0] != a.shape[1]):
-        raise DataError(
-            f"these do not pair up: {a.shape} and {b.shape} scores, {'no' if y is None else y.shape} labels"
-        )
-    if kind == "auc" and y is not None:
-        two_classes(y)
-    if method == "bca" and len(a) > 1:
-        raise DataError("method='bca' is for one seed: take 'percentile' over several")
-    seeds, count = a.shape
-
-    def differences(weights: Floats) -> Floats:  # (R, N) -> (R, S)
-        return np.stack(
-            [statistic(kind, a[s], y, weights) - statistic(kind, b[s], y, weights) for s in range(seeds)], axis=1
-        )
-
-    rng = np.random.default_rng(seed)
-    each = _in_parts(lambda r: differences(draws(rng, count, r)), resamples, count)
-    if seeds > 1:
-        middle = each.mean(axis=1, keepdims=True)
-        each = middle + math.sqrt(seeds / (seeds - 1)) * (each - middle)
-    drawn = (each * draws(rng, seeds, resamples)).mean(axis=1) if seeds > 1 else each[:, 0]
-    estimate = float(differences(np.ones((1, count))).mean())
-    low, high = (1 - level) / 2, (1 + level) / 2
-    if method == "bca":
-        left_out = _in_parts_of_jackknife(differences, count)
-        low, high = _bca_levels(drawn, estimate, left_out, low, high)
-    bounds = np.quantile(drawn, [low, high])
-    below, above = np.sum(drawn <= 0), np.sum(drawn >= 0)
-    p = min(1.0, 2 * (1 + float(min(below, above))) / (resamples + 1))
-    return Interval(estimate, float(bounds[0]), float(bounds[1]), level, p)
-
-
-def sign_flip(differences: Values, *, resamples: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p value of "the mean difference is zero": how often flipping signs at random gives as large a mean.
-
-    `differences (N,)` of paired items. Exact where N ≤ 14, otherwise over `resamples` draws, the data counted as one
-    of them so that no p value is 0 (Phipson and Smyth 2010).
-    """
-    values = _column(differences, "differences")
-    found = abs(float(values.sum())) * (1 - 1e-12)
-    if len(values) <= 14:
-        signs = np.array(list(product((-1.0, 1.0), repeat=len(values))))
-        return float(np.mean(np.abs(signs @ values) >= found))
-    rng = np.random.default_rng(seed)
-
-    def flipped(count: int) -> Floats:
-        return (2.0 * rng.integers(0, 2, (count, len(values))) - 1.0) @ values
-
-    beyond = int(np.sum(np.abs(_in_parts(flipped, resamples, len(values))) >= found))
-    return (1 + beyond) / (1 + resamples)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -184,17 +106,6 @@ def williams(r12: float, r13: float, r23: float, n: int) -> Test:
     return Test(t, float(2 * stats.t.sf(abs(t), n - 3)))
 
 
-def steiger(r12: float, r13: float, r23: float, n: int) -> Test:
-    """Steiger's Z of r12 = r13 (1980, equations 3, 10 and 14): Fisher's z with the covariance at the pooled r."""
-    _check_correlations(r12, r13, r23, n)
-    if r12 == r13:
-        return Test(0.0, 1.0)
-    pooled = ((r12 + r13) / 2) ** 2
-    covariance = (r23 * (1 - 2 * pooled) - pooled * (1 - 2 * pooled - r23**2) / 2) / (1 - pooled) ** 2
-    z = (math.atanh(r12) - math.atanh(r13)) * math.sqrt((n - 3) / (2 - 2 * covariance))
-    return Test(z, float(2 * stats.norm.sf(abs(z))))
-
-
 def two_classes(labels: Floats) -> None:
     """Raises DataError where labels are not 0 and 1, both of them."""
     found = np.unique(labels)
@@ -244,39 +155,6 @@ def draws(rng: np.random.Generator, count: int, resamples: int) -> Floats:
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
 
 
-def _in_parts(one: Callable[[int], Floats], resamples: int, count: int) -> Floats:
-    """Results of `resamples` rows, at most some 4 million numbers at a time."""
-    at_once = max(1, 4_000_000 // count)
-    return np.concatenate([one(min(at_once, resamples - done)) for done in range(0, resamples, at_once)])
-
-
-def _in_parts_of_jackknife(differences: Callable[[Floats], Floats], count: int) -> Floats:
-    at_once = max(1, 4_000_000 // count)
-    parts: list[Floats] = []
-    for start in range(0, count, at_once):
-        rows = np.arange(start, min(start + at_once, count))
-        weights = np.ones((len(rows), count))
-        weights[np.arange(len(rows)), rows] = 0.0
-        parts.append(differences(weights)[:, 0])
-    return np.concatenate(parts)
-
-
-def _bca_levels(drawn: Floats, estimate: float, left_out: Floats, low: float, high: float) -> tuple[float, float]:
-    share = (np.sum(drawn < estimate) + np.sum(drawn <= estimate)) / (2 * len(drawn))
-    if not 0 < share < 1:
-        return low, high  # nothing varies
-    bias = stats.norm.ppf(share)
-    away = left_out.mean() - left_out
-    spread = float(np.sum(away**2))
-    acceleration = float(np.sum(away**3)) / (6 * spread**1.5) if spread > 0 else 0.0
-
-    def moved(level: float) -> float:
-        z = bias + stats.norm.ppf(level)
-        return float(stats.norm.cdf(bias + z / (1 - acceleration * z)))
-
-    return moved(low), moved(high)
-
-
 def _correlation(of: Callable[..., Any], scores: Values, ratings: Values) -> Correlation:
     x, y = _column(scores, "scores"), _column(ratings, "ratings")
     if len(x) != len(y):
@@ -294,14 +172,6 @@ def _check_correlations(r12: float, r13: float, r23: float, n: int) -> None:
         raise DataError(
             f"r12 = {r12:g}, r13 = {r13:g}, r23 = {r23:g} of {n} items: needs |r| < 1 and more than 3 items"
         )
-
-
-def _scores(values: Values) -> Floats:
-    scores = np.asarray(values, dtype=np.float64)
-    scores = scores[None] if scores.ndim == 1 else scores
-    if scores.ndim != 2 or not scores.size or not np.isfinite(scores).all():
-        raise DataError(f"scores of shape {scores.shape}: needs finite numbers, (items,) or (seeds, items)")
-    return scores
 
 
 def _column(values: Values, what: str) -> Floats:

@@ -18,22 +18,6 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def test_interval_of_a_mean_is_scipys(rng: np.random.Generator) -> None:
-    a, b = rng.exponential(1.0, 60), rng.exponential(0.8, 60)  # skewed: percentile and BCa differ
-    for method, theirs in (("percentile", "percentile"), ("bca", "BCa")):
-        found = ours.paired_bootstrap(a, b, method=method, resamples=40_000)  # type: ignore[arg-type]
-        expected = stats.bootstrap(
-            (a, b),
-            lambda x, y, axis: np.mean(x - y, axis=axis),
-            paired=True,
-            method=theirs,
-            n_resamples=40_000,
-            rng=rng,
-        ).confidence_interval
-        assert found.estimate == pytest.approx(float(np.mean(a - b)))
-        assert [found.low, found.high] == pytest.approx([expected.low, expected.high], abs=0.012)
-
-
 @pytest.mark.parametrize("kind", ["auc", "pearson", "spearman"])
 def test_resamples_are_those_of_a_plain_loop(kind: str, rng: np.random.Generator) -> None:
     count = 80
@@ -48,53 +32,6 @@ def test_resamples_are_those_of_a_plain_loop(kind: str, rng: np.random.Generator
     }[kind]
     copies = [np.repeat(np.arange(count), row.astype(int)) for row in weights]
     assert found == pytest.approx([reference(scores[i], labels[i]) for i in copies], abs=1e-9)
-
-
-def mann_whitney(scores: np.ndarray, labels: np.ndarray) -> float:
-    above = scores[labels == 1][:, None] - scores[labels == 0][None]
-    return float(np.mean(above > 0) + np.mean(above == 0) / 2)
-
-
-def test_interval_of_an_auc_difference_is_scipys(rng: np.random.Generator) -> None:
-    labels = np.repeat([0.0, 1.0], 80)
-    a, b = labels + rng.normal(size=160), 0.2 * labels + rng.normal(size=160)
-    found = ours.paired_bootstrap(a, b, labels, kind="auc", resamples=10_000)
-    expected = stats.bootstrap(
-        (a, b, labels), lambda x, y, z: mann_whitney(x, z) - mann_whitney(y, z), paired=True, vectorized=False,
-        method="percentile", n_resamples=400, rng=rng,
-    ).confidence_interval  # fmt: skip
-    assert [found.low, found.high] == pytest.approx([expected.low, expected.high], abs=0.03)
-    assert found.p < 0.01
-
-
-def test_interval_over_seeds_covers_the_seeds_variance() -> None:
-    """Items all alike within a seed: what varies is seeds, so the spread must be s/sqrt(S), not smaller."""
-    means = np.array([0.1, 0.4, 0.2, 0.7, 0.35])
-    a, b = np.repeat(means[:, None], 400, axis=1), np.zeros((5, 400))
-    found = ours.paired_bootstrap(a, b, resamples=40_000, level=0.6827)
-    assert (found.high - found.low) / 2 == pytest.approx(means.std(ddof=1) / math.sqrt(5), rel=0.08)
-
-
-def test_intervals_over_seeds_and_items_hold_what_they_promise() -> None:
-    """Crossed normal effects of seeds and items with a known mean: 8 seeds, 60 trials, 95 % intervals."""
-    rng, held = np.random.default_rng(1), 0
-    for trial in range(150):
-        items, seeds = rng.normal(0, 1, (1, 40)), rng.normal(0, 0.3, (8, 1))
-        a = 0.5 + items + seeds + rng.normal(0, 0.5, (8, 40))
-        found = ours.paired_bootstrap(a, np.zeros_like(a), resamples=600, seed=trial)
-        held += found.low <= 0.5 <= found.high
-    assert 0.87 <= held / 150 <= 0.99
-
-
-def test_sign_flips_are_scipys_permutations(rng: np.random.Generator) -> None:
-    for count in (9, 40):  # exact, and drawn
-        d = rng.normal(0.35, 1.0, count)
-        expected = stats.permutation_test(
-            (d, np.zeros(count)), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples",
-            vectorized=True, n_resamples=20_000, rng=rng,
-        ).pvalue  # fmt: skip
-        assert ours.sign_flip(d, resamples=20_000) == pytest.approx(expected, abs=0 if count == 9 else 0.015)
-    assert ours.sign_flip([1.0] * 5) == 2 / 2**5
 
 
 def test_holm_by_hand() -> None:
@@ -118,14 +55,10 @@ def test_auc_and_correlations_are_the_libraries(rng: np.random.Generator) -> Non
     assert ours.spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) == ours.Correlation(0.0, 1.0, 3)
 
 
-def test_dependent_correlations_are_the_published_examples() -> None:
+def test_dependent_correlations_are_the_published_example() -> None:
     # Silver, Hittner and May (2006), the example of their program depcor: r = .3, .4, .5 of 100.
     found = ours.williams(0.3, 0.4, 0.5, 100)
     assert (found.statistic, found.p) == pytest.approx((-1.0767, 0.2843), abs=5e-5)
-    found = ours.steiger(0.3, 0.4, 0.5, 100)
-    assert (found.statistic, found.p) == pytest.approx((-1.0718, 0.2838), abs=5e-5)
-    # Steiger (1980), case A on page 249: -0.8913 from a covariance rounded to .0042, -0.8887185 without rounding.
-    assert ours.steiger(0.4, 0.5, 0.1, 103).statistic == pytest.approx(-0.8887185, abs=5e-8)
 
 
 def test_dependent_correlations_reject_as_often_as_they_say() -> None:
@@ -135,9 +68,9 @@ def test_dependent_correlations_reject_as_often_as_they_say() -> None:
         shared = rng.normal(size=60)
         one, two = (human + shared + rng.normal(size=60) for _ in range(2))
         r = np.corrcoef([human, one, two])
-        p.append([test(r[0, 1], r[0, 2], r[1, 2], 60).p for test in (ours.williams, ours.steiger)])
-    rejected = np.mean(np.array(p) < 0.05, axis=0)
-    assert np.all((rejected > 0.035) & (rejected < 0.065)), rejected
+        p.append(ours.williams(r[0, 1], r[0, 2], r[1, 2], 60).p)
+    rejected = np.mean(np.array(p) < 0.05)
+    assert 0.035 < rejected < 0.065
 
 
 @pytest.mark.parametrize(
@@ -146,9 +79,9 @@ def test_dependent_correlations_reject_as_often_as_they_say() -> None:
         (lambda: ours.auc([0.1, 0.2], [1, 1]), "both must occur"),
         (lambda: ours.point_biserial([0.1, 0.2, 0.3], [2, 1, 1]), "must be 0 and 1"),
         (lambda: ours.pearson([1, 2, 3], [5, 5, 5]), "three that vary"),
-        (lambda: ours.paired_bootstrap([1.0, 2.0], [1.0]), "do not pair up"),
-        (lambda: ours.paired_bootstrap([1.0, math.nan], [1.0, 2.0]), "finite"),
-        (lambda: ours.paired_bootstrap([1.0, 2.0], [1.0, 2.0], kind="auc"), "needs labels"),
+        (lambda: ours.pearson([1, 2, 3], [1, 2]), "do not pair up"),
+        (lambda: ours.auc([1.0, math.nan], [0, 1]), "finite"),
+        (lambda: ours.statistic("auc", np.ones(2), None, np.ones((1, 2))), "needs labels"),
         (lambda: ours.williams(1.0, 0.5, 0.5, 50), r"\|r\| < 1"),
     ],
 )

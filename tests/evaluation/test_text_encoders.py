@@ -37,6 +37,35 @@ def test_our_run_gives_the_towers_output_and_the_joint_space(run: Path) -> None:
     np.testing.assert_allclose(encoder.encode(TEXTS), want, atol=1e-5)
 
 
+def test_the_average_is_read_where_the_recipe_or_the_command_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    sets = ["training.steps=3", "schedule.warmup_steps=0", "evaluation.tasks={}", "training.ema={decay=0.5}",
+            "evaluation.weights=ema"]  # fmt: skip
+    averaged = tmp_path / "averaged"
+    assert main(["train", "debug", "--run-dir", str(averaged), *[part for one in sets for part in ("--set", one)]]) == 0
+    joint = {
+        weights: clip_train.load(averaged, weights=weights).encode_text(TEXTS).numpy() for weights in ("raw", "ema")
+    }
+    assert np.abs(joint["raw"] - joint["ema"]).max() > 1e-3
+    for asked, read in ((None, "ema"), ("raw", "raw"), ("ema", "ema")):
+        np.testing.assert_allclose(open_encoder(averaged, weights=asked).joint(TEXTS), joint[read], atol=1e-5)
+        flags = [] if asked is None else ["--weights", asked]
+        assert main(["probe", str(averaged), "--tasks", "exp2/same_picture_clipart", *flags]) == 0
+        assert json.loads((averaged / "probe/text.json").read_text())["encoder"]["weights"] == read
+    np.testing.assert_array_equal(open_encoder(run).joint(TEXTS), open_encoder(run, weights="raw").joint(TEXTS))
+    capsys.readouterr()
+    assert main(["probe", str(run), "--weights", "ema"]) == 2
+    assert "no averaged weights" in capsys.readouterr().err
+
+
+def test_weights_are_a_choice_of_our_checkpoints_alone(bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", str(bert), "--weights", "raw"]) == 2
+    assert "no path is one" in capsys.readouterr().err
+
+
 def test_an_open_clip_directory_gives_open_clips_vectors(run: Path, tmp_path: Path) -> None:
     import open_clip
 
@@ -141,6 +170,77 @@ def test_decoders_and_t5_get_the_usual_pool_of_their_kind(kind: str, own: str, t
     assert encoder.width == 16 and not np.allclose(found["last"], found["mean"])
     one_by_one = np.concatenate([encoder.encode([text]) for text in TEXTS])
     np.testing.assert_allclose(found["own"], one_by_one, atol=1e-5)  # padding does not act
+
+
+def encoder_alone(kind: str, folder: Path) -> Any:
+    """A T5EncoderModel or a CLIPTextModel, saved with a tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    roles = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
+    if kind == "t5":
+        del roles["cls_token"], roles["sep_token"]
+    tokenizer = word_tokenizer(
+        folder, (*roles.values(), *(["</s>"] if kind == "t5" else [])), **roles, eos_token="</s>"
+    )
+    torch.manual_seed(0)
+    if kind == "t5":
+        model = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=32, d_kv=8, num_layers=2,
+                                        num_heads=2, pad_token_id=0))  # fmt: skip
+    else:
+        model = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+                                             num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32,
+                                             pad_token_id=0, bos_token_id=2, eos_token_id=3,
+                                             initializer_range=0.3))  # fmt: skip
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_an_encoder_saved_alone_gives_its_own_output(kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    model = encoder_alone(kind, tmp_path)
+    batch = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        output = model(input_ids=batch["input_ids"], attention_mask=mask)
+    hidden = output.last_hidden_state
+    own = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if kind == "t5" else output.pooler_output
+    encoder = open_encoder(tmp_path)
+    np.testing.assert_allclose(encoder.encode(TEXTS), own.numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS, "cls"), hidden[:, 0].numpy(), atol=1e-5)
+    assert encoder.joint(TEXTS) is None  # CLIP's projection was not saved
+
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if "final_layer_norm" not in name}
+    save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"weights are missing: .*final_layer_norm"):
+        open_encoder(tmp_path)
+
+
+def test_a_projection_that_was_promised_is_missed(tmp_path: Path) -> None:
+    import json
+
+    encoder_alone("clip", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["CLIPTextModelWithProjection"]}))
+    with pytest.raises(CheckpointError, match="weights are missing: text_projection"):
+        open_encoder(tmp_path)
+
+
+def test_what_was_saved_in_half_precision_is_probed_in_single(tmp_path: Path) -> None:
+    """bf16 keeps fp32's exponent, so the weights are the same numbers in both: so must the features be."""
+    from transformers import AutoModel, AutoTokenizer
+
+    encoder_alone("clip", tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    batch = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, padding=True, return_tensors="pt")
+    model = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+    encoder = open_encoder(tmp_path)
+    assert {parameter.dtype for parameter in encoder.tower.module.parameters()} == {torch.float32}
+    np.testing.assert_allclose(encoder.encode(TEXTS), want.numpy(), atol=1e-5)
 
 
 def test_what_a_directory_lacks_is_said(bert: Path, tmp_path: Path) -> None:

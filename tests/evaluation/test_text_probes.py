@@ -15,9 +15,10 @@ import torch
 from clip_train.cli import main
 from clip_train.errors import DataError
 from clip_train.evaluation import statistics
-from clip_train.evaluation.text import bag_of_words, metrics
+from clip_train.evaluation.text import bag_of_words, metrics, suite
 from clip_train.evaluation.text.compare import compare, kind_of
 from clip_train.evaluation.text.encoder import PooledEncoder, Vectors, acting_pools, joined
+from clip_train.evaluation.text.finetune import Settings
 from clip_train.evaluation.text.our_tower import OurTower
 from clip_train.evaluation.text.results import TaskResult
 from clip_train.evaluation.text.suite import choose
@@ -187,6 +188,38 @@ def test_same_picture_of_a_perfect_and_a_blind_encoder() -> None:
     assert set(results[0].items) == {":score", ":label"} and "point_biserial" in results[0].more
 
 
+def test_texts_cut_are_the_tasks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap so short that even the sentences by which pools are tried are cut."""
+    tokenizer = BPETokenizer.default(context_length=8)
+    encoder = encoder_of(tokenizer, "bidirectional", "mean")
+    texts = [" ".join(["cat"] * (1 + i % 9)) + f" {'no' if i % 2 else 'yes'}" for i in range(60)]
+    rows = [[text, texts[(7 * i + 3) % 60], i % 2] for i, text in enumerate(texts)]
+
+    def task(name: str, rows: list[list[Any]], **more: Any) -> TextTask:
+        splits = {split: split_of(rows[k * 20 : k * 20 + 20]) for k, split in enumerate(("train", "dev", "test"))}
+        return TextTask(name, splits=splits, **more)
+
+    single = task("single", [[text, label] for text, _, label in rows], kind="labels", classes=("no", "yes"))
+    pair = task("pair", rows, kind="labels", classes=("no", "yes"))
+    same = TextTask("same", "same", {name: pair.splits[name] for name in ("dev", "test")}, metric="auc")
+
+    def tuned(_: PooledEncoder, task: TextTask, __: Settings) -> TaskResult:
+        return TaskResult(f"exp1/{task.name}/finetuned", "accuracy", 1.0, 0.5, "own", 20, 0.0, {})
+
+    monkeypatch.setattr(suite, "finetune_task", tuned)
+    found = suite.run_suite(encoder, [("exp1", single), ("exp1", pair), ("exp2", same)], finetune=Settings())
+    length = {text: len(tokenizer.encode(text)) for text in texts}
+    alone = sum(length[text] > 6 for text in set(texts))
+    together = sum(length[a] + length[b] > 5 for a, b in {(a, b) for a, b, _ in rows})
+    compared = sum(length[text] > 6 for text in {text for a, b, _ in rows[20:] for text in (a, b)})
+    cut = {one.name: one.more["texts_cut"] for one in found}
+    assert 0 < alone < len(set(texts)) and alone != together
+    assert cut == {
+        "exp1/single": alone, "exp1/single/finetuned": alone, "exp1/pair": together, "exp1/pair/apart": alone,
+        "exp1/pair/finetuned": together, "exp2/same": compared, "exp2/same/centred": compared,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [name for names in EMBEDDED.values() for name in names])
 def test_embedded_tasks_are_balanced_and_leak_nothing(name: str) -> None:
     task = load_embedded(name)
@@ -287,3 +320,24 @@ def test_the_command_names_the_mistake(run: Path, tmp_path: Path, capsys: pytest
     assert "nearest: exp2/keywords" in capsys.readouterr().err
     assert main(["probe", str(tmp_path / "absent")]) == 2
     assert "no such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["absent"], "no such"),
+        (["empty"], "empty"),
+        (["--finetune", "--epochs", "0"], "epochs = 0"),
+        (["--finetune", "--seeds", "0"], "seeds = 0"),
+        (["--finetune", "--lr", "nan"], "lr = nan"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_probed(
+    arguments: list[str], says: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "probe_task", lambda *_: pytest.fail("it was probed"))
+    assert main(["probe", str(run), *arguments, "--tasks", "exp1/topic", "--out", "out"]) == 2
+    assert says in capsys.readouterr().err

@@ -18,7 +18,10 @@ from sklearn.metrics import roc_auc_score  # pyright: ignore
 
 from clip_train import cli
 from clip_train.errors import DataError
+from clip_train.evaluation.text.encoder import PooledEncoder
+from clip_train.evaluation.text.our_tower import OurTower
 from clip_train.evaluation.text.results import write_results
+from clip_train.evaluation.text.suite import Pictures, run_suite
 from clip_train.evaluation.text_to_image import stages, train
 from clip_train.evaluation.text_to_image.baselines import BagOfWords, RandomFeatures
 from clip_train.evaluation.text_to_image.classifier import rank_scores, recall_at
@@ -29,7 +32,9 @@ from clip_train.evaluation.text_to_image.grid import picture_grid
 from clip_train.evaluation.text_to_image.model import PictureModel, WordPrefix
 from clip_train.evaluation.text_to_image.pictures import read_pictures
 from clip_train.evaluation.text_to_image.prefix import fit_prefix, ridge
-from clip_train.evaluation.text_to_image.score import exp3, others
+from clip_train.evaluation.text_to_image.score import BUDGETS, GRID, exp3, others
+from clip_train.models.text import TextTransformer
+from tokenizer import BPETokenizer
 
 from .colours import COLOURS, captioned
 
@@ -231,6 +236,18 @@ def test_what_knows_colours_beats_what_knows_nothing(generator: Generator, tmp_p
     assert all(np.array_equal(one.items[""], again[name].items[""]) for name, one in knows.items())
 
 
+def test_the_suite_counts_the_texts_that_a_short_tower_cuts(generator: Generator, tmp_path: Path) -> None:
+    tokenizer = BPETokenizer.default(context_length=6)
+    torch.manual_seed(0)
+    tower = TextTransformer(tokenizer.vocab_size, 6, width=16, layers=1, heads=2, attention="bidirectional", pool="cls")
+    encoder = PooledEncoder("short", OurTower(tower, tokenizer))
+    found = run_suite(encoder, [], pictures=Pictures(generator, "small", tmp_path / "grid.png"))
+    texts = {*generator.train.texts, *generator.dev.texts, *generator.test.texts, *GRID, *CAPTIONS}
+    assert len(generator.train.texts) < BUDGETS["small"]["texts"]
+    cut = sum(len(tokenizer.encode(text)) > 4 for text in texts)
+    assert 0 < cut < len(texts) and {one.more["texts_cut"] for one in found} == {cut}
+
+
 def test_another_caption_is_never_the_same_one() -> None:
     texts = ["a", "b", "a", "c", "a", "d", "b"]
     found = others(texts)
@@ -245,6 +262,15 @@ def test_names_are_on_one_side(generator: Generator) -> None:
     assert all(len(part) > 3 for part in names.values())
     assert not names["train"] & names["dev"] and not names["train"] & names["test"] and not names["dev"] & names["test"]
     assert {texts for part in (generator.train,) for texts in part.sets} == {"train"}
+
+
+def test_a_name_is_held_out_whatever_its_set_is_called(generator: Generator) -> None:
+    test = generator.test  # of held-out names alone
+    renamed = replace(generator, test=replace(test, sets=["new"] * len(test)))
+    assert {one.name for one in exp3(BagOfWords(), renamed, budget="small") if "_seen" in one.name} == set()
+    learned = generator.train.where(list(range(40)))
+    upheld = replace(generator, test=replace(learned, sets=["upheld"] * 40), unconditional=torch.zeros(40))
+    assert {one.name for one in exp3(BagOfWords(), upheld, budget="small") if "_held" in one.name} == set()
 
 
 def test_training_that_was_cut_goes_on_to_the_same_bits(

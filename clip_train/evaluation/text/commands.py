@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "encoders", nargs="+", type=Path, metavar="PATH",
         help="runs or checkpoints of ours, transformers or open_clip directories; several are compared with the first",
     )  # fmt: skip
-    parser.add_argument("--suite", choices=["text"], default="text")
+    parser.add_argument("--suite", choices=list(SUITES), default="text", help="what is asked (default text)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
         help="default: PATH/probe; of several encoders each gets a folder of its name in DIR",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", default="", metavar="NAME[,NAME]", help="exp1, exp2, exp1/topic, … (default: all that are there)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["raw", "ema"],
+        help="of checkpoints of ours: trained or averaged; default: as the recipe says",
     )
     parser.add_argument("--device", default="cpu", help="where the encoder runs (default cpu; cuda where there is one)")
     parser.add_argument(
@@ -59,9 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_probe(args: argparse.Namespace) -> int:
-    """Run the suite on every encoder; several are compared at the end."""
+    """Run the suite that was asked for."""
+    return SUITES[args.suite](args)
+
+
+def probe_texts(args: argparse.Namespace) -> int:
+    """Run the text suite on every encoder; several are compared at the end."""
     console = Console(highlight=False)
-    from clip_train.evaluation.text.encoder import open_encoder
+    from clip_train.evaluation.text.encoder import is_ours, open_encoder
     from clip_train.evaluation.text.finetune import Settings
     from clip_train.evaluation.text.suite import EXP3, Pictures, choose, run_suite, save_suite
 
@@ -70,9 +80,13 @@ def run_probe(args: argparse.Namespace) -> int:
     finetune = Settings(epochs=args.epochs, lr=args.lr, seeds=args.seeds) if args.finetune else None
     generator = _generator(args.generator, asked=EXP3 in wanted) if not wanted or EXP3 in wanted else None
     places = _places(args.encoders, args.out)
+    if args.weights is not None and not any(map(is_ours, args.encoders)):
+        raise UserError("--weights chooses among those of a checkpoint of ours, and no path is one: leave it out")
+    for path in args.encoders[1:]:
+        open_encoder(path, weights=args.weights)  # takes seconds; its mistakes need not wait for the first one's suite
     found: dict[str, list[TaskResult]] = {}
     for (name, out), path in zip(places.items(), args.encoders, strict=True):
-        encoder = open_encoder(path, device=args.device)
+        encoder = open_encoder(path, device=args.device, weights=args.weights)
         pictures = None if generator is None else Pictures(generator, args.budget, out / "pictures.png")
         learned = sum(experiment == "exp1" for experiment, _ in tasks) if finetune else 0
         with _progress(console) as progress:
@@ -95,6 +109,10 @@ def run_probe(args: argparse.Namespace) -> int:
         write_comparison(target, list(found), differences)
         console.print(str(target), soft_wrap=True)
     return 0
+
+
+SUITES: dict[str, Callable[[argparse.Namespace], int]] = {"text": probe_texts}
+"""By name; each writes NAME.json and NAME.npz."""
 
 
 def _extra(args: argparse.Namespace) -> list[TextTask]:

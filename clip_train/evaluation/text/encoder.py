@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_train.errors import CheckpointError, DataError
+from clip_train.loading import Weights
 from clip_train.models.base import TowerOutput
 from clip_train.models.pooling import pool_tokens
 
 Vectors = NDArray[np.float32]
+_OPEN_CLIP = "open_clip_config.json"
 OWN = "own"
 """The pool that the tower was trained with."""
 
@@ -71,12 +73,17 @@ class Sequences(NamedTuple):
     """How many lost something to the cap."""
 
 
-class TextTower(Protocol):
+class ProbedTower(Protocol):
     """A tower with its tokenizer, of whatever library."""
 
     @property
     def module(self) -> nn.Module:
         """What holds the parameters that `run` uses."""
+        ...
+
+    @property
+    def weights(self) -> Weights | None:
+        """Which of a checkpoint of ours were read; None of other libraries', which have one kind."""
         ...
 
     @property
@@ -108,13 +115,11 @@ class PooledEncoder:
     """
 
     def __init__(
-        self, name: str, tower: TextTower, *, device: torch.device | str = "cpu", batch_tokens: int = 2048
+        self, name: str, tower: ProbedTower, *, device: torch.device | str = "cpu", batch_tokens: int = 2048
     ) -> None:
         self.name, self.tower, self.batch_tokens = name, tower, batch_tokens
         self.width, self.pools = tower.width, (OWN, *tower.free_pools)
         self.device = torch.device(device)
-        self.cut = 0
-        """Distinct texts that lost something to the cap so far."""
         tower.module.to(self.device).eval()
 
     @torch.inference_mode()
@@ -122,10 +127,7 @@ class PooledEncoder:
         """See `TextEncoder`. Raises DataError for no texts, or pairs that do not pair up."""
         check_texts(first, second)
         distinct, places = _distinct(first, second)
-        ones = [pair[0] for pair in distinct]
-        twos = None if second is None else [pair[1] for pair in distinct]
-        sequences = self.tower.tokenise(ones, twos)
-        self.cut += sequences.cut
+        sequences = self._tokenised(distinct, pairs=second is not None)
         found = {pool: np.empty((len(distinct), self.width), np.float32) for pool in self.pools}
         for rows in batches([len(ids) for ids in sequences.ids], self.batch_tokens):
             ids, lengths, types = padded(sequences, rows, self.tower.pad)
@@ -135,6 +137,14 @@ class PooledEncoder:
                 pooled = output.pooled if pool == OWN else self.pool(output, ids, pool)
                 found[pool][rows] = pooled.float().cpu().numpy()
         return {pool: vectors[places] for pool, vectors in found.items()}
+
+    def texts_cut(self, first: Sequence[str], second: Sequence[str] | None = None) -> int:
+        """How many distinct texts, or pairs in one sequence, lose something to the tower's cap."""
+        distinct, _ = _distinct(first, second)
+        return self._tokenised(distinct, pairs=second is not None).cut
+
+    def _tokenised(self, distinct: Sequence[tuple[str, str]], *, pairs: bool) -> Sequences:
+        return self.tower.tokenise([one for one, _ in distinct], [two for _, two in distinct] if pairs else None)
 
     def pool(self, output: TowerOutput, ids: Tensor, pool: str) -> Tensor:
         """`(B, W)` by a pool without parameters."""
@@ -164,8 +174,13 @@ class PooledEncoder:
         return found[pool]
 
 
-def open_encoder(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> PooledEncoder:
+def open_encoder(
+    path: str | os.PathLike[str], *, device: torch.device | str = "cpu", weights: Weights | None = None
+) -> PooledEncoder:
     """The encoder of a run folder or checkpoint of ours, a transformers directory, or an open_clip directory.
+
+    Args:
+        weights: of a checkpoint of ours; by default those that its recipe's evaluation measures.
 
     Raises:
         CheckpointError: the path is none of these, or lacks weights or a tokenizer.
@@ -173,18 +188,25 @@ def open_encoder(path: str | os.PathLike[str], *, device: torch.device | str = "
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    return PooledEncoder(path.name or str(path), _open_tower(path), device=device)
+    return PooledEncoder(path.name or str(path), _open_tower(path, weights), device=device)
 
 
-def _open_tower(path: Path) -> TextTower:
+def _open_tower(path: Path, weights: Weights | None) -> ProbedTower:
     # Each is imported where it is wanted: other libraries take seconds.
-    if (path / "open_clip_config.json").is_file():
+    if is_ours(path):
+        from clip_train.evaluation.text import our_tower
+
+        return our_tower.open_tower(path, weights)
+    if (path / _OPEN_CLIP).is_file():
         from clip_train.evaluation.text import open_clip_tower as room
-    elif (path / "config.json").is_file():
-        from clip_train.evaluation.text import transformers_tower as room
     else:
-        from clip_train.evaluation.text import our_tower as room
+        from clip_train.evaluation.text import transformers_tower as room
     return room.open_tower(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is read as a run folder or checkpoint of ours: it is no directory of another library."""
+    return not any((path / name).is_file() for name in (_OPEN_CLIP, "config.json"))
 
 
 def acting_pools(encoder: TextEncoder, *, pairs: bool, once: bool = False) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ Shapes: `B` texts, `L` tokens, `W` width, `C` outputs: classes, or one rating.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clip_train.errors import UserError
 from clip_train.evaluation.text.encoder import OWN, PooledEncoder, Sequences, acting_pools, batches, padded
 from clip_train.evaluation.text.metrics import chance_of, measure
 from clip_train.evaluation.text.results import TaskResult
@@ -30,7 +32,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to fine-tune."""
+    """How to fine-tune. Raises UserError for what cannot be."""
 
     epochs: int = 3
     lr: float = 2e-5
@@ -39,6 +41,13 @@ class Settings:
     batch_size: int = 32
     weight_decay: float = 0.01
     seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"fine-tuning with {name} = {getattr(self, name)}: give at least 1")
+        if not 0 <= self.lr < math.inf:
+            raise UserError(f"fine-tuning with lr = {self.lr}: give a number from 0")
 
 
 def finetune_task(encoder: PooledEncoder, task: TextTask, settings: Settings) -> TaskResult:

@@ -12,17 +12,28 @@ from torch import Tensor, nn
 
 from clip_train.errors import CheckpointError
 from clip_train.evaluation.text.encoder import Sequences, joined
-from clip_train.loading import LoadedLanguageModel, load_any
+from clip_train.loading import LoadedLanguageModel, Weights, load_any, read_recipe
 from clip_train.models.base import TowerOutput
 from clip_train.training.checkpoint import read_checkpoint
 from tokenizer import BPETokenizer
 
 
 class OurTower:
-    """A text tower with its vocabulary, and the projection behind it where it is a CLIP's."""
+    """A text tower with its vocabulary, and the projection behind it where it is a CLIP's.
 
-    def __init__(self, text: nn.Module, tokenizer: BPETokenizer, projection: nn.Module | None = None) -> None:
+    Args:
+        weights: which of a checkpoint's they are; None of what was no checkpoint.
+    """
+
+    def __init__(
+        self,
+        text: nn.Module,
+        tokenizer: BPETokenizer,
+        projection: nn.Module | None = None,
+        weights: Weights | None = None,
+    ) -> None:
         self.module, self.tokenizer, self.projection = text, tokenizer, projection
+        self.weights: Weights | None = weights
         self.width = int(text.width)  # pyright: ignore[reportArgumentType]
         self.pad, self.eot_id = tokenizer.pad, tokenizer.eot
         self.free_pools = ("eot", "last", "cls", "mean", "max")
@@ -49,12 +60,17 @@ class OurTower:
         return None if self.projection is None else self.projection(pooled)
 
 
-def open_tower(path: Path) -> OurTower:
+def open_tower(path: Path, weights: Weights | None = None) -> OurTower:
     """The text tower of a run folder or a checkpoint, of a CLIP or a language model.
+
+    Args:
+        weights: by default those that the recipe's evaluation measures (`evaluation.weights`).
 
     Raises CheckpointError as `clip_train.load`.
     """
-    loaded = load_any(read_checkpoint(path))
+    checkpoint = read_checkpoint(path)
+    weights = weights or read_recipe(checkpoint).evaluation.weights
+    loaded = load_any(checkpoint, weights=weights)
     if isinstance(loaded, LoadedLanguageModel):
-        return OurTower(loaded.model.towers["text"], loaded.tokenizer)
-    return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection)
+        return OurTower(loaded.model.towers["text"], loaded.tokenizer, weights=weights)
+    return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection, weights=weights)

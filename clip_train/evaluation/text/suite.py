@@ -73,24 +73,29 @@ def run_suite(
     """
     results: list[TaskResult] = []
 
-    def one(name: str, run: Callable[[], list[TaskResult]]) -> None:
-        cut = encoder.cut
+    def one(name: str, run: Callable[[], list[TaskResult]], cut: int, cut_apart: int = 0) -> None:
         found = run()
         for result in found:
-            result.more["texts_cut"] = encoder.cut - cut
+            result.more["texts_cut"] = cut_apart if result.name.endswith("/apart") else cut
         results.extend(found)
         if advance is not None:
             advance(name, found)
 
     for experiment, task in tasks:
-        probe = probe_task if experiment == "exp1" else compare_task
-        one(f"{experiment}/{task.name}", partial(probe, encoder, task))
-        if finetune is not None and experiment == "exp1":
-            one(f"exp1/{task.name}/finetuned", lambda task=task: [finetune_task(encoder, task, finetune)])
+        name, (first, second) = f"{experiment}/{task.name}", task.texts()
+        apart = encoder.texts_cut([*first, *(second or [])])
+        if experiment == "exp2":
+            one(name, partial(compare_task, encoder, task), apart)
+            continue
+        cut = apart if second is None else encoder.texts_cut(first, second)
+        one(name, partial(probe_task, encoder, task), cut, apart)
+        if finetune is not None:
+            one(f"{name}/finetuned", lambda task=task: [finetune_task(encoder, task, finetune)], cut)
     if pictures is not None:
-        from clip_train.evaluation.text_to_image.score import exp3
+        from clip_train.evaluation.text_to_image.score import asked_of, exp3
 
-        one(EXP3, lambda: exp3(encoder, pictures.generator, budget=pictures.budget, grid=pictures.grid))
+        cut = encoder.texts_cut(asked_of(pictures.generator, pictures.budget))
+        one(EXP3, lambda: exp3(encoder, pictures.generator, budget=pictures.budget, grid=pictures.grid), cut)
     return results
 
 
@@ -98,6 +103,7 @@ def save_suite(encoder: PooledEncoder, path: Path, out: Path, results: Sequence[
     """`text.json` and `text.npz`."""
     about: dict[str, Any] = {
         "name": encoder.name, "path": str(path), "width": encoder.width, "pools": list(encoder.pools),
+        "weights": encoder.tower.weights,
         "parameters": sum(parameter.numel() for parameter in encoder.tower.module.parameters()),
     }  # fmt: skip
     write_results(out, about, results)

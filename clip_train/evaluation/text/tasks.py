@@ -52,6 +52,12 @@ class TextTask:
     def pairs(self) -> bool:
         return next(iter(self.splits.values())).second is not None
 
+    def texts(self) -> tuple[list[str], list[str] | None]:
+        """First texts of all splits, one after the other, and the second ones of pairs."""
+        first = [text for split in self.splits.values() for text in split.first]
+        second = [text for split in self.splits.values() for text in split.second or []]
+        return first, second if self.pairs else None
+
 
 EMBEDDED = {
     "exp1": ("topic", "acceptability", "word_in_context", "entailment"),

@@ -1,4 +1,4 @@
-"""Text towers of transformers directories: anything `AutoModel` reads, and the text towers of its CLIPs.
+"""Text towers of transformers directories: anything `AutoModel` reads, the text towers of its CLIPs, T5's encoders.
 
 Nothing is downloaded. A directory needs its weights and its tokenizer.
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clip_train.errors import CheckpointError
 from clip_train.evaluation.text.encoder import Sequences
+from clip_train.loading import Weights
 from clip_train.models.base import TowerOutput
 from clip_train.models.pooling import FreePool, pool_tokens
 
@@ -26,6 +27,8 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
     "tokenizer.model",
 )  # fmt: skip
+_CLIPS = ("clip", "clip_text_model")
+_T5S = ("t5", "mt5", "umt5")
 
 
 class TransformersTower:
@@ -48,6 +51,7 @@ class TransformersTower:
     ) -> None:
         self.module, self.tokenizer, self.longest, self.projection = model, tokenizer, longest, projection
         self.own: FreePool = own
+        self.weights: Weights | None = None
         self._clean = clean
         config: Any = model.config
         self.width = int(getattr(config, "hidden_size", None) or config.d_model)
@@ -123,16 +127,25 @@ def open_tower(path: Path) -> TransformersTower:
 
 
 def _load(transformers: Any, path: Path, config: Any) -> tuple[nn.Module, nn.Module | None]:
-    """The encoder, and CLIP's projection."""
-    clip = config.model_type in ("clip", "clip_text_model")
-    kind = transformers.CLIPTextModelWithProjection if clip else transformers.AutoModel
-    model, said = kind.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    missing = [name for name in said["missing_keys"] if "pooler" not in name]
+    """The encoder, and CLIP's projection where it has one."""
+    clip = config.model_type in _CLIPS
+    if clip:
+        kind = transformers.CLIPTextModelWithProjection
+    else:  # AutoModel would make T5's decoder, too, which a directory of its encoder alone lacks
+        kind = transformers.AutoModelForTextEncoding if config.model_type in _T5S else transformers.AutoModel
+    # What is probed, and fine-tuned, computes in one type, whatever the directory was saved in.
+    model, said = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    missing = {name for name in said["missing_keys"] if "pooler" not in name}
+    # A CLIPTextModel, as in pipelines of diffusers, was saved without the projection.
+    bare = config.model_type == "clip_text_model" and "CLIPTextModelWithProjection" not in (config.architectures or ())
+    without = bare and "text_projection.weight" in missing
+    if without:
+        missing.remove("text_projection.weight")
     if missing:
         raise CheckpointError(f"{path}: weights are missing: {', '.join(sorted(missing)[:5])}")
     if clip:
-        return model.text_model if hasattr(model, "text_model") else model, model.text_projection
-    if getattr(config, "is_encoder_decoder", False):
+        return model.text_model, None if without else model.text_projection
+    if getattr(config, "is_encoder_decoder", False) and config.model_type not in _T5S:
         return model.get_encoder(), None
     if not hasattr(model, "get_input_embeddings") or hasattr(model, "vision_model"):
         raise CheckpointError(f"{path}: model_type {config.model_type!r} is no text encoder that can be read")
@@ -154,7 +167,9 @@ def _own_pool(
                 value is True and name.startswith(f"pooling_mode_{key}") for name, value in modes.items()
             ):
                 return pool  # pyright: ignore[reportReturnType]
-    if getattr(config, "is_encoder_decoder", False):
+    if config.model_type in _CLIPS:
+        return "eot"
+    if getattr(config, "is_encoder_decoder", False) or config.model_type in _T5S:
         return "mean"
     return "last" if tokenizer.cls_token_id is None else "cls"
 

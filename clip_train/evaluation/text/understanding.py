@@ -74,9 +74,7 @@ def read_together(encoder: TextEncoder, task: TextTask) -> Features:
     """Features of texts, or of pairs in one sequence, by the pools that see all of it."""
     pools = acting_pools(encoder, pairs=task.pairs)
     names, sizes = list(task.splits), [len(split) for split in task.splits.values()]
-    first = [text for split in task.splits.values() for text in split.first]
-    second = [text for split in task.splits.values() for text in split.second or []] if task.pairs else None
-    found = encoder.features(first, second)
+    found = encoder.features(*task.texts())
     ends = np.cumsum(sizes)[:-1]
     kept = distinct_pools({pool: found[pool] for pool in pools})
     return {pool: dict(zip(names, np.split(found[pool], ends), strict=True)) for pool in kept}
@@ -86,9 +84,8 @@ def read_apart(encoder: TextEncoder, task: TextTask) -> Features:
     """`|u - v|` and `u * v`, `(n, 2 W)`, by the pools that see the text."""
     pools = acting_pools(encoder, pairs=False)
     names, sizes = list(task.splits), [len(split) for split in task.splits.values()]
-    first = [text for split in task.splits.values() for text in split.first]
-    second = [text for split in task.splits.values() for text in split.second or []]
-    found = encoder.features([*first, *second])
+    first, second = task.texts()
+    found = encoder.features([*first, *(second or [])])
     ends = np.cumsum(sizes)[:-1]
     features: Features = {}
     for pool in distinct_pools({pool: found[pool] for pool in pools}):

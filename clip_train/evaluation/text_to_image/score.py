@@ -22,7 +22,7 @@ from clip_train.evaluation.text_to_image.classifier import rank_scores, recall_a
 from clip_train.evaluation.text_to_image.colours import ASKED, CAPTIONS, colour_scores
 from clip_train.evaluation.text_to_image.generator import Generator, Part
 from clip_train.evaluation.text_to_image.grid import picture_grid
-from clip_train.evaluation.text_to_image.pictures import share
+from clip_train.evaluation.text_to_image.pictures import fold, share
 from clip_train.evaluation.text_to_image.prefix import Fit, fit_prefix
 
 GRID = (
@@ -59,19 +59,18 @@ def exp3(
     Returns:
         exp3/nll (bits a code, less is better), exp3/gain (bits that the caption saves), exp3/caption (bits that the
         right caption saves against another's), exp3/concept (rank score of the judge), exp3/recall (at 10), each also
-        of test names that the generator's training held (`_seen`) and did not (`_held`); exp3/colour (of `CAPTIONS`).
+        of test names that `pictures.fold` holds out of any training (`_held`), and of all others (`_seen`), which were
+        trained on where the training pictures have them; exp3/colour (of `CAPTIONS`).
         `exp3/nll` also holds the codes of the grid, as `exp3/nll:grid`.
 
     Raises:
         DataError: a budget that does not exist; features that say nothing.
     """
-    if budget not in BUDGETS:
-        raise DataError(f"budget {budget!r} is unknown: choose {' or '.join(BUDGETS)}")
-    started, sizes = time.perf_counter(), BUDGETS[budget]
+    started, sizes = time.perf_counter(), _sizes(budget)
     train, dev = _some(generator.train, sizes["texts"]), _some(generator.dev, sizes["dev"])
     rows = _rows(generator.test, sizes["test"])
     test, free = generator.test.where(rows), generator.unconditional[rows]
-    found = encoder.features([*train.texts, *dev.texts, *test.texts, *GRID, *CAPTIONS])
+    found = encoder.features(asked_of(generator, budget))
     cuts = np.cumsum([len(train), len(dev), len(test), len(GRID)])
     parts = {pool: np.split(vectors.astype(np.float32), cuts) for pool, vectors in found.items()}
     fit = fit_prefix(
@@ -95,8 +94,8 @@ def exp3(
         ("concept", "rank", concept, judged, np.full(len(judged), 0.5)),
         ("recall", "recall@10", recall, judged, np.full(len(judged), min(1.0, 10 / len(generator.attributes)))),
     ):
-        known = np.array(["held" not in test.sets[row] for row in of])
-        for suffix, mask in (("", known | True), ("_seen", known), ("_held", ~known)):
+        held = np.array([fold(test.captions[row][0]) == "held" for row in of])
+        for suffix, mask in (("", held | True), ("_seen", ~held), ("_held", held)):
             if mask.any():
                 expected = 0.0 if chance is None else float(chance[mask].mean())
                 results.append(_result(f"exp3/{name}{suffix}", metric, items[mask], expected, fit, seconds))
@@ -104,6 +103,22 @@ def exp3(
     results[0].items[":grid"] = codes.numpy()
     results[0].more.update(_about(generator, fit, budget))
     return results
+
+
+def asked_of(generator: Generator, budget: str) -> list[str]:
+    """The texts that an encoder is asked for: of the pictures to fit to, choose on and measure on, `GRID`, `CAPTIONS`.
+
+    Raises DataError for a budget that does not exist.
+    """
+    sizes = _sizes(budget)
+    parts = ((generator.train, "texts"), (generator.dev, "dev"), (generator.test, "test"))
+    return [*(text for part, most in parts for text in _some(part, sizes[most]).texts), *GRID, *CAPTIONS]
+
+
+def _sizes(budget: str) -> dict[str, int]:
+    if budget not in BUDGETS:
+        raise DataError(f"budget {budget!r} is unknown: choose {' or '.join(BUDGETS)}")
+    return BUDGETS[budget]
 
 
 def _result(name: str, metric: str, items: NDArray[Any], chance: float, fit: Fit, seconds: float) -> TaskResult:

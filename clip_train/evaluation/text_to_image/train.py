@@ -50,8 +50,8 @@ def train_generator(
     """Train on the pictures of `train` and write both files into `out`.
 
     Args:
-        test: further pictures by name, which are only measured; each set is reported for itself, apart by whether its
-            names were among those trained on. Names of `train` that are held out are measured where `test` is empty.
+        test: further pictures by name, which are only measured; each set is counted for itself, apart by whether its
+            names are held out of any training. Names of `train` that are held out are measured where `test` is empty.
 
     Raises:
         DataError: shards, columns or captions that cannot be used; too few pictures.
