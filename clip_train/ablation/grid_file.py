@@ -10,7 +10,7 @@
     exclude = [{ mask = "causal", pool = "cls" }]
 
     [means.held-out]                            # a figure of its own: the mean over tasks, 0 chance and 100 perfect
-    title = "same picture, captions held out"   # (`exp1` and `exp2` are means over all their tasks)
+    title = "same picture, captions held out"   # (`exp1` is that over all its tasks, `exp2` over all /centred ones)
     of = ["exp2/same_picture_clipart/centred"]
 
     [vocabulary]                                # learned once, before the first cell; without it the recipe's holds
@@ -133,7 +133,8 @@ class GridFile(Section):
     generator: Literal["full", "small"] | None = None
     """Size of the picture generator for experiment 3, trained once before the first cell; none leaves it out."""
     headline: list[str] = []
-    """Figures that are tested, best few: names as in the table, of a mean, or `exp1` for that over all `exp1/…`."""
+    """Figures that are tested, best few: names as in the table, of a mean, or that over an experiment: `exp1` of all its
+    tasks, `exp2` of all its centred cosines."""
     means: dict[Name, Mean] = {}
     vocabulary: Vocabulary | None = None
     axes: dict[Name, dict[Name, list[str]]] = {}

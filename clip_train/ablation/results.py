@@ -96,13 +96,16 @@ class Results:
 
     def tasks(self, headline: str) -> list[str]:
         """The figures that a headline stands for: itself; those of a mean, none unless all were measured; or the tasks
-        of an experiment (`exp1`, `exp2`), without their variants (`exp1/TASK/VARIANT`)."""
+        of an experiment: `exp1` without their variants (`exp1/TASK/VARIANT`), `exp2` by centred cosines."""
         mean = self.grid.file.means.get(headline)
         if mean is not None:
             return mean.of if set(mean.of) <= set(self.metrics) else []
         if headline not in EXPERIMENTS:
             return [name for name in self.metrics if name == headline]
-        return [name for name in self.metrics if name.startswith(f"{headline}/") and name.count("/") == 1]
+        of_experiment = [name for name in self.metrics if name.startswith(f"{headline}/")]
+        if headline == "exp2":  # raw cosines hold a direction that texts share, more of it in some towers than in others
+            return [name for name in of_experiment if name.endswith("/centred")]
+        return [name for name in of_experiment if name.count("/") == 1]
 
     def values(self, cell: str, headline: str) -> Floats:
         """`(S,)`: a headline figure of a cell by seed; of an experiment, the mean of its tasks as `unit` says."""

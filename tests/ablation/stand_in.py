@@ -85,9 +85,11 @@ def probe(recipe: dict, out: Path) -> None:
     above = scores[labels == 1][:, None] > scores[labels == 0][None]
     shared = {"pool": "mean", "n": ITEMS, "seconds": 0.1, "chance": 0.5}
     tasks = {name: {"metric": "accuracy", "value": float(one.mean()), **shared} for name, one in hits.items()}
-    tasks["exp2/same"] = {"metric": "auc", "value": float(above.mean()), **shared}
+    tasks["exp2/same/centred"] = {"metric": "auc", "value": float(above.mean()), **shared}
+    tasks["exp2/same"] = {"metric": "auc", "value": 0.5, **shared}  # raw cosines say nothing
     arrays = {name: one.astype(np.float32) for name, one in hits.items()}
-    arrays |= {"exp2/same:score": scores.astype(np.float32), "exp2/same:label": labels.astype(np.float32)}
+    arrays |= {"exp2/same:score": 0 * labels.astype(np.float32), "exp2/same:label": labels.astype(np.float32)}
+    arrays |= {"exp2/same/centred:score": scores.astype(np.float32), "exp2/same/centred:label": labels}
     np.savez(out / "text.npz", **arrays)
     (out / "text.json").write_text(json.dumps({"encoder": recipe["name"], "tasks": tasks}))
 

@@ -274,7 +274,7 @@ def test_table_and_report(grid: Path) -> None:
     out = grid.parent / "out"
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 15 * 5
+    assert len(rows) == 15 * 6
     assert {row["axis_mask"] for row in rows if row["cell"] == "bidirectional-mean"} == {"bidirectional"}
     one = next(row for row in rows if (row["cell"], row["seed"], row["metric"]) == ("causal-eot", "1", "exp1/topic"))
     with np.load(out / "cells/causal-eot-seed1/probe/text.npz") as arrays:
@@ -295,7 +295,12 @@ def test_table_and_report(grid: Path) -> None:
     ]
     assert float(mask[3].split()[0]) == pytest.approx(100 * (np.mean(hits[0]) - np.mean(hits[1])) / 0.5, abs=0.06)
     assert mask[7].strip(" |") == "reproduced"
-    assert by_question["Is looking back enough?", "vision-centric text (exp. 2)"][7].strip(" |") == "refuted"
+    cosines = by_question["Is looking back enough?", "vision-centric text (exp. 2)"]
+    assert cosines[7].strip(" |") == "refuted"
+    areas = [
+        [area(out, f"{m}-{p}", s) for p in ("eot", "mean") for s in range(3)] for m in ("bidirectional", "causal")
+    ]
+    assert float(cosines[3].split()[0]) == pytest.approx(100 * (np.mean(areas[0]) - np.mean(areas[1])) / 0.5, abs=0.06)
     assert by_question["Is the mean better?", "general text (exp. 1)"][7].strip(" |") == "undecided"
     assert by_question["Is anything learned?", "what texts are about"][7].strip(" |") == "not testable"
     # What is worse than untrained has learned nothing.
@@ -310,3 +315,11 @@ def test_table_and_report(grid: Path) -> None:
 def read_hits(out: Path, cell: str, seed: int) -> float:
     with np.load(out / f"cells/{cell}-seed{seed}/probe/text.npz") as arrays:
         return float(np.mean([arrays["exp1/topic"].mean(), arrays["exp1/order"].mean()]))
+
+
+def area(out: Path, cell: str, seed: int) -> float:
+    """Of centred cosines, which comparisons are read from."""
+    from sklearn.metrics import roc_auc_score  # pyright: ignore
+
+    with np.load(out / f"cells/{cell}-seed{seed}/probe/text.npz") as arrays:
+        return float(roc_auc_score(arrays["exp2/same/centred:label"], arrays["exp2/same/centred:score"]))
