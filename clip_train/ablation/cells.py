@@ -54,7 +54,9 @@ def stages(grid: Grid, cell: Cell) -> list[Stage]:
     found = [Stage("train", command, tuple(trained), cell.key)]
     for suite in grid.file.probes:
         command, key = ("probe", str(folder), "--suite", suite), cell.key
-        if grid.generator is not None:
+        if grid.generator is None:  # said, or it would take a generator that is there for other work
+            command = (*command, "--tasks", "exp1,exp2")
+        else:
             command = (*command, "--generator", str(grid.out / "generator"), "--budget", grid.generator)
             key = f"{key}-{grid.generator}"
         found.append(Stage(f"probe-{suite}", command, (folder / "probe" / f"{suite}.json",), key))

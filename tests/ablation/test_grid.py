@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from clip_train.ablation.cells import share_of
+from clip_train.ablation.cells import share_of, stages
 from clip_train.ablation.grid import Grid, load_grid
 from clip_train.ablation.main import check, part_of
+from clip_train.cli import main
 from clip_train.config import load_recipe
 from clip_train.errors import ConfigError, UserError
 
@@ -88,6 +89,42 @@ def test_hash_knows_what_came_before_and_not_where(grid_of: Callable[..., Grid],
     longer = grid_of('set = ["text.pool=cls"]', 'set = ["text.pool=cls", "training.steps=5"]')
     changed = [cell.id for cell in longer.cells if cell.key != keys[cell.id]]
     assert changed == ["again-seed0", "tuned-seed0", "again-seed1", "tuned-seed1"]
+
+
+def test_a_grid_without_a_generator_leaves_experiment_3_out(
+    grid_of: Callable[..., Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = grid_of("seeds = [0, 1]", 'seeds = [0, 1]\nprobes = ["text"]')
+    pictures = grid_of("seeds = [0, 1]", 'seeds = [0, 1]\nprobes = ["text"]\ngenerator = "small"')
+    other = tmp_path / "runs/generator"  # of other work, in the folder that both are run from
+    other.mkdir(parents=True)
+    (other / "generator.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for grid, drawn in ((plain, None), (pictures, str(grid_of().out / "generator"))):
+        command = stages(grid, grid.cells[0])[1].command
+        with monkeypatch.context() as patched:
+            asked = probed_with(list(command), patched)
+        assert asked["generator"] == drawn
+        assert {name.split("/")[0] for name in asked["tasks"]} == {"exp1", "exp2"}
+
+
+def probed_with(command: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a probe's command would measure, and with which generator."""
+    asked: dict[str, Any] = {}
+
+    def suite(encoder: object, tasks: Any, *, finetune: Any, pictures: Any, advance: object) -> list[Any]:
+        asked.update(tasks=[f"{experiment}/{task.name}" for experiment, task in tasks], finetune=finetune)
+        asked.update(generator=None if pictures is None else pictures.generator)
+        return []
+
+    monkeypatch.setattr("clip_train.evaluation.text.suite.run_suite", suite)
+    monkeypatch.setattr("clip_train.evaluation.text.suite.save_suite", lambda *_: "")
+    monkeypatch.setattr(
+        "clip_train.evaluation.text.encoder.open_encoder", lambda path, device: asked.update(device=device)
+    )
+    monkeypatch.setattr("clip_train.evaluation.text_to_image.generator.load_generator", str)
+    assert main(command) == 0
+    return asked
 
 
 def test_a_budget_takes_part_of_it_with_what_that_needs(grid_of: Callable[..., Grid]) -> None:

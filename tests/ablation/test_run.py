@@ -297,9 +297,7 @@ def test_table_and_report(grid: Path) -> None:
     assert mask[7].strip(" |") == "reproduced"
     cosines = by_question["Is looking back enough?", "vision-centric text (exp. 2)"]
     assert cosines[7].strip(" |") == "refuted"
-    areas = [
-        [area(out, f"{m}-{p}", s) for p in ("eot", "mean") for s in range(3)] for m in ("bidirectional", "causal")
-    ]
+    areas = [[area(out, f"{m}-{p}", s) for p in ("eot", "mean") for s in range(3)] for m in ("bidirectional", "causal")]
     assert float(cosines[3].split()[0]) == pytest.approx(100 * (np.mean(areas[0]) - np.mean(areas[1])) / 0.5, abs=0.06)
     assert by_question["Is the mean better?", "general text (exp. 1)"][7].strip(" |") == "undecided"
     assert by_question["Is anything learned?", "what texts are about"][7].strip(" |") == "not testable"

@@ -282,6 +282,19 @@ def test_differences_of_encoders_are_those_of_their_items() -> None:
     assert found[1].williams_p == pytest.approx(expected)
 
 
+def test_a_generator_that_is_not_finished_is_none(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/generator/stages").mkdir(parents=True)  # a training that was cut
+    monkeypatch.setattr(
+        "clip_train.evaluation.text.suite.run_suite", lambda *_, pictures, **__: [] if pictures is None else 1
+    )
+    assert main(["probe", str(run), "--out", "out"]) == 0
+    assert main(["probe", str(run), "--out", "out", "--tasks", "exp3"]) == 2
+    assert "no generator here" in capsys.readouterr().err
+
+
 def test_the_command_names_the_mistake(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", str(run), "--tasks", "exp2/keyword"]) == 2
     assert "nearest: exp2/keywords" in capsys.readouterr().err

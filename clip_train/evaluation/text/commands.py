@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
     parser.add_argument(
         "--generator", type=Path, metavar="DIR",
-        help="experiment 3: a generator that `clip-train generator train` made (default: runs/generator where it is)",
+        help="experiment 3: what `clip-train generator train` made (default: runs/generator where it is finished)",
     )  # fmt: skip
     parser.add_argument("--budget", choices=["full", "small"], default="full", help="of experiment 3")
     parser.set_defaults(run=run_probe)
@@ -113,13 +113,12 @@ def _extra(args: argparse.Namespace) -> list[TextTask]:
 
 
 def _generator(folder: Path | None, *, asked: bool) -> Any:
-    """The generator that was given, or the default one; None where there is none and none was asked for."""
+    """The generator that was given, or the default one; None where there is none finished and none was asked for."""
     from clip_train.evaluation.text_to_image.commands import DEFAULT
+    from clip_train.evaluation.text_to_image.generator import ABOUT, load_generator
 
-    if folder is None and not DEFAULT.is_dir() and not asked:
+    if folder is None and not (DEFAULT / ABOUT).is_file() and not asked:
         return None
-    from clip_train.evaluation.text_to_image.generator import load_generator
-
     return load_generator(folder or DEFAULT)
 
 
