@@ -71,6 +71,13 @@ def prepare(grid: Grid, cell: Cell) -> None:
     _write(folder / "cell.toml", dump_recipe(cell.recipe))
 
 
+def clear(stage: Stage) -> None:
+    """Take away what a probe is to make anew: it would leave other settings' figures beside its own."""
+    if stage.name != "train":
+        for output in stage.outputs:
+            output.unlink(missing_ok=True)
+
+
 def check(grid: Grid, cell: Cell) -> None:
     """Raises UserError where a cell's folder holds a run of another recipe."""
     folder = grid.folder(cell)

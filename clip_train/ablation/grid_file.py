@@ -133,8 +133,8 @@ class GridFile(Section):
     generator: Literal["full", "small"] | None = None
     """Size of the picture generator for experiment 3, trained once before the first cell; none leaves it out."""
     headline: list[str] = []
-    """Figures that are tested, best few: names as in the table, of a mean, or that over an experiment: `exp1` of all its
-    tasks, `exp2` of all its centred cosines."""
+    """Figures that are tested, best few: names as in the table, of a mean, or that over an experiment: `exp1` of all
+    its tasks, `exp2` of all its centred cosines."""
     means: dict[Name, Mean] = {}
     vocabulary: Vocabulary | None = None
     axes: dict[Name, dict[Name, list[str]]] = {}

@@ -80,7 +80,9 @@ def run_probe(args: argparse.Namespace) -> int:
             found[name] = run_suite(
                 encoder, tasks, finetune=finetune, pictures=pictures, advance=partial(_advance, progress, bar, name)
             )
-        save_suite(encoder, path, out, found[name])
+        gone = save_suite(encoder, path, out, found[name])
+        if gone:
+            console.print(f"{out / 'text.json'}: held {gone}: replaced", soft_wrap=True)
         console.print(table_of(name, found[name]))
         console.print(f"{out / 'text.json'}, {out / 'text.npz'}", soft_wrap=True)
     if len(found) > 1:

@@ -21,8 +21,14 @@ from tokenizer import BPETokenizer
 class OurTower:
     """A text tower with its vocabulary, and the projection behind it where it is a CLIP's."""
 
-    def __init__(self, text: nn.Module, tokenizer: BPETokenizer, projection: nn.Module | None = None) -> None:
-        self.module, self.tokenizer, self.projection = text, tokenizer, projection
+    def __init__(
+        self,
+        text: nn.Module,
+        tokenizer: BPETokenizer,
+        projection: nn.Module | None = None,
+        step: int | None = None,
+    ) -> None:
+        self.module, self.tokenizer, self.projection, self.step = text, tokenizer, projection, step
         self.width = int(text.width)  # pyright: ignore[reportArgumentType]
         self.pad, self.eot_id = tokenizer.pad, tokenizer.eot
         self.free_pools = ("eot", "last", "cls", "mean", "max")
@@ -56,5 +62,5 @@ def open_tower(path: Path) -> OurTower:
     """
     loaded = load_any(read_checkpoint(path))
     if isinstance(loaded, LoadedLanguageModel):
-        return OurTower(loaded.model.towers["text"], loaded.tokenizer)
-    return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection)
+        return OurTower(loaded.model.towers["text"], loaded.tokenizer, step=loaded.step)
+    return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection, loaded.step)

@@ -94,10 +94,11 @@ def run_suite(
     return results
 
 
-def save_suite(encoder: PooledEncoder, path: Path, out: Path, results: Sequence[TaskResult]) -> None:
-    """`text.json` and `text.npz`."""
+def save_suite(encoder: PooledEncoder, path: Path, out: Path, results: Sequence[TaskResult]) -> str:
+    """`text.json` and `text.npz`; what was there of another encoder or step and is gone (see `write_results`)."""
     about: dict[str, Any] = {
-        "name": encoder.name, "path": str(path), "width": encoder.width, "pools": list(encoder.pools),
+        "name": encoder.name, "path": str(path.resolve()), "step": encoder.tower.step, "width": encoder.width,
+        "pools": list(encoder.pools),
         "parameters": sum(parameter.numel() for parameter in encoder.tower.module.parameters()),
     }  # fmt: skip
-    write_results(out, about, results)
+    return write_results(out, about, results)

@@ -48,6 +48,7 @@ class TransformersTower:
     ) -> None:
         self.module, self.tokenizer, self.longest, self.projection = model, tokenizer, longest, projection
         self.own: FreePool = own
+        self.step: int | None = None  # no file of theirs says
         self._clean = clean
         config: Any = model.config
         self.width = int(getattr(config, "hidden_size", None) or config.d_model)
