@@ -75,6 +75,8 @@ def ablate(
     if missing and share is not None and not report_only:
         console.print(f"{len(missing)} runs of other shares are missing: the last share writes table and report")
         return code
+    if len(missing) == len(grid.runs) and not report_only:  # all have failed, which was said
+        return code
     table = write_table(grid)
     console.print(f"table: {table}", soft_wrap=True)
     console.print(f"[bold green]report:[/] {write_report(grid)}", soft_wrap=True)

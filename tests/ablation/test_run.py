@@ -24,6 +24,7 @@ from clip_train.ablation.main import ablate
 from clip_train.errors import ConfigError, UserError
 from clip_train.evaluation.text.tasks import load_embedded, things_of
 
+MASKS = ("causal", "bidirectional")
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
 GRID = """
 name = "tiny-grid"
@@ -308,6 +309,22 @@ def test_table_and_report(grid: Path) -> None:
     assert {path.stem for path in (out / "report").iterdir()} == {
         "headline", "heatmaps", "differences", "tasks", "learning",
     }  # fmt: skip
+
+
+def test_a_report_of_nothing_leaves_the_table_there(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no cell is finished"):
+        run(grid, report_only=True)
+    assert not (grid.parent / "out").exists()
+    monkeypatch.setattr(main, "write_report", lambda grid: None)
+    grid.write_text(GRID.replace("seeds = [0, 1]", "seeds = [0]"))
+    assert run(grid) == 0
+    table = (grid.parent / "out/table.csv").read_bytes()
+    grid.write_text(grid.read_text().replace("seeds = [0]", "seeds = [7]"))
+    with pytest.raises(ConfigError, match="no cell is finished"):
+        run(grid, report_only=True)
+    monkeypatch.setenv("STAND_IN_FAILS", ",".join(f"{m}-{p}" for m in MASKS for p in ("eot", "mean")))
+    assert run(grid) == 1
+    assert (grid.parent / "out/table.csv").read_bytes() == table
 
 
 def read_hits(out: Path, cell: str, seed: int) -> float:
