@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ NAMES = {
     "text_to_image": "caption → picture",
     "image_to_text": "picture → caption",
 }
-LESS_IS_BETTER = ("nll", "bits", "perplexity")
+LESS_IS_BETTER = ("loss", "bits", "perplexity")
 """Measures of which a smaller value is the better one."""
 UNIT_SCALE = ("accuracy", "recall")
 """Measures whose chance is known and whose best is 1: shown as shares."""
@@ -92,6 +92,8 @@ class Results:
             return f"zero-shot {rest[0].replace('_', ' ')}, {rest[1].replace('top', 'top-')}"
         if kind == "retrieval":
             return f"{NAMES.get(rest[1], rest[1])} {rest[2].upper()}, {rest[0].replace('_', ' ')}"
+        if kind == "language":
+            return f"held-out {rest[1]}, {rest[0].replace('_', ' ')}"
         return f"{' '.join(rest).replace('_', ' ')} ({kind.replace('exp', 'exp. ')})"
 
     def tasks(self, headline: str) -> list[str]:
@@ -116,9 +118,14 @@ class Results:
         for seed in self.seeds:
             rows = self.by_cell.get((cell, seed), {})
             if tasks and all(task in rows for task in tasks):
-                plain = tasks == [headline]
-                found.append(float(np.mean([rows[t].value if plain else above_chance(rows[t]) for t in tasks])))
+                found.append(self._value(rows, headline))
         return np.array(found)
+
+    def _value(self, rows: Mapping[str, Row], headline: str) -> float:
+        """A headline figure of one run."""
+        tasks = self.tasks(headline)
+        plain = tasks == [headline]
+        return float(np.mean([rows[task].value if plain else above_chance(rows[task]) for task in tasks]))
 
     def row(self, metric: str) -> Row:
         """Some row of a figure, for what is the same in all of them."""
@@ -161,7 +168,8 @@ class Results:
         return pooled_spread(np.array(whole)) if whole else None
 
     def difference(self, comparison: Comparison, headline: str) -> Difference | None:
-        """First cells less second ones, more being better; None where cells or items are missing."""
+        """First cells less second ones, more being better; None where cells are missing, or items where there is one
+        seed. Figures whose items are not kept are compared over seeds alone."""
         names = {*comparison.first, *comparison.second}
         tasks = self.tasks(headline)
         seeds = [s for s in self.seeds if all(t in self.by_cell.get((n, s), {}) for n in names for t in tasks)]
@@ -169,7 +177,17 @@ class Results:
             return None
         parts = [self._task(comparison, task, seeds, plain=tasks == [headline]) for task in tasks]
         known = [one for one in parts if one is not None]
-        return paired_difference(known) if len(known) == len(parts) else None
+        if len(known) == len(parts):
+            return paired_difference(known)
+        return self._over_seeds_alone(comparison, headline, seeds) if len(seeds) > 1 else None
+
+    def _over_seeds_alone(self, comparison: Comparison, headline: str, seeds: Sequence[int]) -> Difference:
+        less = self.tasks(headline) == [headline] and less_is_better(self.row(headline))
+        first, second = (
+            np.mean([[self._value(self.by_cell[name, seed], headline) for name in side] for seed in seeds], axis=1)
+            for side in (comparison.first, comparison.second)
+        )
+        return Difference(second - first if less else first - second, item_variance=0.0, counted_twice=0.0, items=0)
 
     def _task(self, comparison: Comparison, task: str, seeds: Sequence[int], *, plain: bool) -> Task | None:
         names = dict.fromkeys([*comparison.first, *comparison.second])

@@ -26,9 +26,9 @@ class Row:
     seed: int
     levels: dict[str, str]
     metric: str
-    """`zeroshot/TASK/top1`, `retrieval/TASK/text_to_image/r@10`, `exp1/TASK`."""
+    """`zeroshot/TASK/top1`, `retrieval/TASK/text_to_image/r@10`, `language/TASK/loss`, `exp1/TASK`."""
     measure: str
-    """What is measured: accuracy, recall, auc, spearman, nll …"""
+    """What is measured: accuracy, recall, loss, auc, spearman, bits …"""
     value: float
     chance: float | None
     """What guessing reaches, where that is known."""
@@ -115,9 +115,11 @@ def read_figures(folder: Path, probes: Sequence[str]) -> Iterator[dict[str, Any]
         elif short.startswith("r@"):
             chance = figures.get(f"{head}/chance_{short}")
             n = figures.get(f"{head.rpartition('/')[0]}/{'images' if 'image_to' in head else 'captions'}")
+        elif name.startswith("language/") and short in ("loss", "perplexity", "accuracy"):
+            chance, n = None, figures.get(f"{head}/targets")
         else:
             continue
-        measure = "recall" if short.startswith("r@") else "accuracy"
+        measure = "recall" if short.startswith("r@") else short if short in ("loss", "perplexity") else "accuracy"
         yield {
             "metric": name, "measure": measure, "value": value, "chance": chance,
             "n": None if n is None else int(n), "pool": None,

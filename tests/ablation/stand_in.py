@@ -69,7 +69,12 @@ def train(recipe: dict, folder: Path) -> None:
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
             file.write(json.dumps({"step": step, "loss": 5 / step, "samples_per_second": 100.0}) + "\n")
-    if recipe.get("evaluation", {}).get("tasks"):
+    tasks = recipe.get("evaluation", {}).get("tasks")
+    if tasks and "held" in tasks:
+        loss = 4 - skill(recipe) + 0.01 * np.random.default_rng(zlib.crc32(str(folder).encode())).normal()
+        figures = {"loss": loss, "perplexity": np.exp(loss), "accuracy": 0.3, "targets": 1000.0, "texts": 60.0}
+        (folder / "eval.json").write_text(json.dumps({f"language/held/{k}": v for k, v in figures.items()}))
+    elif tasks:
         hits = right(recipe, "zeroshot")
         (folder / "eval").mkdir(exist_ok=True)
         np.savez(folder / "eval" / "style.npz", ranks=np.where(hits, 0, 7), keys=np.arange(ITEMS).astype(str))

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from clip_train.ablation import main, results
+from clip_train.ablation import main, report, results, summary
 from clip_train.ablation.cells import Lock
+from clip_train.ablation.grid import load_grid
 from clip_train.ablation.main import ablate
 from clip_train.errors import ConfigError, UserError
+from clip_train.evaluation.comparison import interval
 from clip_train.evaluation.text.tasks import load_embedded, things_of
 
 MASKS = ("causal", "bidirectional")
@@ -309,6 +311,49 @@ def test_table_and_report(grid: Path) -> None:
     assert {path.stem for path in (out / "report").iterdir()} == {
         "headline", "heatmaps", "differences", "tasks", "learning",
     }  # fmt: skip
+
+
+def test_held_out_losses_are_compared_over_seeds(
+    tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scipy.stats import ttest_rel
+
+    shards = recipe_tree["data"]["sources"]["s"]["shards"]
+    recipe_tree["evaluation"]["tasks"] = {"held": {"kind": "language", "shards": shards}}
+    recipe_tree["text"] |= {"pool": "mean", "attention": "bidirectional"}
+    del recipe_tree["image"], recipe_tree["model"]
+    write_recipe(recipe_tree | {"loss": {"kind": "mlm"}})
+    monkeypatch.setattr(report, "draw_charts", lambda *_: {})
+    path = tmp_path / "grid.toml"
+    path.write_text("""
+name = "losses"
+recipe = "recipe.toml"
+seeds = [0, 1, 2]
+headline = ["language/held/loss", "language/held/perplexity"]
+[arms.masked]
+[arms.next]
+set = ["text.attention=causal", "loss.kind=clm"]
+[comparisons.c]
+question = "Which is better?"
+first = ["masked"]
+second = ["next"]
+""")
+    assert run(path) == 0
+    found = results.Results(load_grid(path, tmp_path / "out"))
+    losses = {(row.cell, row.seed): row for row in found.rows if row.metric == "language/held/loss"}
+    assert len(losses) == 6 and {row.n for row in losses.values()} == {1000}
+    comparison = found.grid.file.comparisons["c"]
+    difference = found.difference(comparison, "language/held/loss")
+    assert difference is not None
+    first, second = ([losses[name, seed].value for seed in range(3)] for name in ("masked", "next"))
+    np.testing.assert_allclose(difference.by_seed, np.subtract(second, first))  # less is better
+    assert interval(difference).p == pytest.approx(ttest_rel(first, second).pvalue)
+    said = (tmp_path / "out/report.md").read_text()
+    assert "Not measured" not in said and "over seeds alone" in said
+    path.write_text(path.read_text().replace("seeds = [0, 1, 2]", "seeds = [0]"))
+    one = results.Results(load_grid(path, tmp_path / "out"))
+    assert one.difference(comparison, "language/held/loss") is None, "one seed tells nothing of others"
+    assert "In no test" in " ".join(summary.limits(one, []))
 
 
 def test_a_report_of_nothing_leaves_the_table_there(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
