@@ -33,8 +33,8 @@ TITLES = {
         "Differences",
         "First less second, more being better, × 100: points of accuracies, recalls and areas, hundredths of "
         "correlations, bits and losses, of means over tasks points between chance (0) and perfect (100). 95 % "
-        "intervals over items (paired bootstrap of groups that belong together) and seeds (spread pooled over all arms), by t. "
-        "Filled and coloured: p < 0.05 after Holm's correction over all rows of this chart.",
+        "intervals over items (paired bootstrap of groups that belong together) and seeds (spread pooled over all "
+        "arms), by t. Filled and coloured: p < 0.05 after Holm's correction over all rows of this chart.",
     ),
     "tasks": (
         "Every task",

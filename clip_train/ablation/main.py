@@ -16,14 +16,14 @@ from clip_train.ablation import cells as folders
 from clip_train.ablation import plan
 from clip_train.ablation.cells import Lock
 from clip_train.ablation.grid import Cell, Grid, load_grid
-from clip_train.ablation.grid_file import Vocabulary
+from clip_train.ablation.grid_file import PREVIOUS, Vocabulary
 from clip_train.ablation.report import write_report
 from clip_train.ablation.run import CLIP_TRAIN, run_cells
 from clip_train.ablation.table import write_table
 from clip_train.config.load import set_values
 from clip_train.data.shards import resolve
 from clip_train.errors import ConfigError, UserError
-from clip_train.from_recipe.model import build_model, build_tokenizer
+from clip_train.from_recipe.model import build_model, build_objective, build_tokenizer
 from tokenizer.commands import train_from_files
 
 
@@ -86,35 +86,51 @@ def ablate(
 
 
 def check(grid: Grid) -> None:
-    """Build every tower without memory, find every shard, look whose folders there are; nothing is trained yet.
+    """Build every tower and loss without memory, find every shard, look whose folders there are, before any training.
 
     Raises ConfigError, DataError or UserError with the cell's name.
     """
     built: set[str] = set()
     for cell in grid.runs:
         try:
-            _check_cell(cell, built)
+            _check_cell(grid, cell, built)
         except UserError as error:
             raise type(error)(f"cell {cell.name!r}: {error}") from error
         folders.check(grid, cell)
 
 
-def _check_cell(cell: Cell, built: set[str]) -> None:
-    # The vocabulary may not be there yet; the shipped one finds the same contradictions.
+def _check_cell(grid: Grid, cell: Cell, built: set[str]) -> None:
+    _check_initial(grid, cell)
     recipe = set_values(cell.recipe, ["training.seed=0", "name=cell"])
-    known = Path(recipe.tokenizer.path).exists() or recipe.tokenizer.path == "default"
-    recipe = recipe if known else set_values(recipe, ["tokenizer.path=default"])
+    if grid.vocabulary is not None and not grid.vocabulary.exists():
+        # It is not learned yet; the shipped one finds the same contradictions.
+        recipe = set_values(recipe, ["tokenizer.path=default"])
     text = recipe.model_dump_json()
     if text in built:
         return
     built.add(text)
+    tokenizer = build_tokenizer(recipe)
     with torch.device("meta"):
-        build_model(recipe, build_tokenizer(recipe))
+        build_model(recipe, tokenizer)
+    build_objective(recipe, tokenizer)
     patterns = [source.shards for source in recipe.data.sources.values()]
     patterns += [task.shards for task in recipe.evaluation.tasks.values()]
     for pattern in patterns:
         if pattern is not None and not any(":" in one and not one.startswith("embedded:") for one in _several(pattern)):
             resolve(pattern)
+
+
+def _check_initial(grid: Grid, cell: Cell) -> None:
+    """Raises ConfigError for a run to start from that is not there, and is not the one that `after` names."""
+    before = None if cell.after is None else grid.folder(cell.after)
+    for key in ("init", "init_text", "init_image"):
+        value = getattr(cell.recipe.training, key)
+        if value is None or (before is not None and Path(value).is_relative_to(before)) or Path(value).exists():
+            continue
+        raise ConfigError(
+            f"training.{key} = {value!r}: there is no such run or checkpoint; for a cell of this grid give the arm "
+            f"`after`, and {PREVIOUS} for its folder"
+        )
 
 
 def part_of(runs: Sequence[Cell], share: str | None) -> list[Cell]:

@@ -205,6 +205,26 @@ def test_contradictions_are_found_before_training(grid_of: Callable[..., Grid], 
     assert not (tmp_path / "out").exists()
 
 
+def test_losses_and_beginnings_are_checked_before_training(grid_of: Callable[..., Grid], tmp_path: Path) -> None:
+    merges = tmp_path / "merges.txt"  # as OpenAI's vocabulary: no mask token
+    merges.write_text("#version: 0.2\n" + "".join(f"{a} {b}</w>\n" for a in "abcdefgh" for b in "abcdefgh"))
+    masked = '"loss.kind=mlm", "image=none", "model=none", "evaluation.tasks=none", "text.pool=mean"'
+    last = '[arms.tuned]\nafter = "again"\nset = ["training.init={previous}"]'
+    assert last in GRID
+    text = '[arms.tuned]\nlevels = {{ mask = "bidirectional" }}\nset = [{}]'
+    grid = grid_of(last, text.format(f'{masked}, "tokenizer.path={merges}"'))
+    with pytest.raises(ConfigError, match=r"cell 'tuned'.*mask token"):
+        check(grid)
+    check(grid_of(last, text.format(masked)))
+    check(grid_of())  # {previous} is not there yet
+    for key in ("init", "init_text", "init_image"):
+        grid = grid_of(last, text.format(f'"text.pool=cls", "training.{key}=runs/gone"'))
+        with pytest.raises(ConfigError, match=rf"cell 'tuned'.*training.{key} = .*runs/gone"):
+            check(grid)
+    with pytest.raises(ConfigError, match=r"cell 'tuned'.*gone\.json"):
+        check(grid_of(last, text.format('"text.pool=cls", "tokenizer.path=gone.json"')))
+
+
 def test_shipped_grid_is_whole() -> None:
     grid = load_grid(Path(__file__).parents[2] / "configs/ablations/text-tower.toml", Path("runs/none"))
     names = {cell.name for cell in grid.cells}
