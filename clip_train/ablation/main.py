@@ -16,13 +16,14 @@ from clip_train.ablation import cells as folders
 from clip_train.ablation import plan
 from clip_train.ablation.cells import Lock
 from clip_train.ablation.grid import Cell, Grid, load_grid
-from clip_train.ablation.grid_file import PREVIOUS, Vocabulary
+from clip_train.ablation.grid_file import PREVIOUS, Probe, Vocabulary
 from clip_train.ablation.report import write_report
 from clip_train.ablation.run import CLIP_TRAIN, run_cells
 from clip_train.ablation.table import write_table
 from clip_train.config.load import set_values
 from clip_train.data.shards import resolve
 from clip_train.errors import ConfigError, UserError
+from clip_train.evaluation.text.suite import choose, tasks_from_elsewhere
 from clip_train.from_recipe.model import build_model, build_objective, build_tokenizer
 from tokenizer.commands import train_from_files
 
@@ -90,6 +91,8 @@ def check(grid: Grid) -> None:
 
     Raises ConfigError, DataError or UserError with the cell's name.
     """
+    if grid.file.probes:
+        _check_probe(grid.file.probe)
     built: set[str] = set()
     for cell in grid.runs:
         try:
@@ -118,6 +121,15 @@ def _check_cell(grid: Grid, cell: Cell, built: set[str]) -> None:
     for pattern in patterns:
         if pattern is not None and not any(":" in one and not one.startswith("embedded:") for one in _several(pattern)):
             resolve(pattern)
+
+
+def _check_probe(probe: Probe) -> None:
+    """Raises UserError for tasks that are none, and for data of theirs that is not there or cannot be read."""
+    try:
+        sentiment = None if probe.sentiment is None else Path(probe.sentiment)
+        choose(probe.tasks, tasks_from_elsewhere(sentiment, probe.glue, probe.glue_limit))
+    except UserError as error:
+        raise type(error)(f"[probe]: {error}") from error
 
 
 def _check_initial(grid: Grid, cell: Cell) -> None:

@@ -37,7 +37,8 @@ UNIT_SCALE = ("accuracy", "recall")
 
 @dataclass(frozen=True)
 class Items:
-    """What a figure is made of: `scores (N,)` whose mean it is, or with `labels (N,)` what `kind` makes of both."""
+    """What a figure is made of: `scores (F, N)` whose mean it is, or with `labels (N,)` the mean over F of what `kind`
+    makes of both. F are the seeds of what was fine-tuned, else 1."""
 
     kind: Kind
     scores: Floats
@@ -197,10 +198,10 @@ class Results:
             return None
         some = next(iter(known.values()))
         for (name, seed), one in known.items():
-            if len(one.scores) != len(some.scores) or not _same(one.labels, some.labels):
+            if one.scores.shape != some.scores.shape or not _same(one.labels, some.labels):
                 raise DataError(f"{name}-seed{seed} was asked other items of {task} than the rest: probe it again")
         first, second = (
-            np.array([[known[name, seed].scores for name in side] for seed in seeds])
+            np.array([np.concatenate([known[name, seed].scores for name in side]) for seed in seeds])
             for side in (comparison.first, comparison.second)
         )
         row = self.row(task)
@@ -219,11 +220,11 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
         arrays = [_load(folder / "probe" / f"{suite}.npz") for suite in grid.file.probes]
         for probe in arrays:
             if task in probe:
-                scores = _floats(probe[task])
-                return Items("mean", scores, None, things_of(task, len(scores)))
+                scores = np.atleast_2d(_floats(probe[task]))
+                return Items("mean", scores, None, things_of(task, scores.shape[1]))
             if f"{task}:score" in probe:
-                scores, labels = _floats(probe[f"{task}:score"]), _floats(probe[f"{task}:label"])
-                return Items(kind_of(measure), scores, labels, things_of(task, len(scores)))
+                scores, labels = np.atleast_2d(_floats(probe[f"{task}:score"])), _floats(probe[f"{task}:label"])
+                return Items(kind_of(measure), scores, labels, things_of(task, len(labels)))
         return None
     _, name, *way, short = task.split("/")
     arrays = _load(folder / "eval" / f"{name}.npz")
@@ -234,7 +235,7 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
     paired = (arrays["pair_image"], arrays["pair_caption"]) if way else None
     groups = np.arange(len(ranks)) if paired is None else groups_of_pairs(*paired, way[0])
     salt = text_hash(name) >> 1  # data sets have nothing to do with each other, figures of one have
-    return Items("mean", (ranks < cutoff).astype(np.float64), None, (salt + groups)[:, None])
+    return Items("mean", (ranks < cutoff).astype(np.float64)[None], None, (salt + groups)[:, None])
 
 
 def groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:

@@ -95,6 +95,11 @@ def probe(recipe: dict, out: Path) -> None:
     arrays = {name: one.astype(np.float32) for name, one in hits.items()}
     arrays |= {"exp2/same:score": 0 * labels.astype(np.float32), "exp2/same:label": labels.astype(np.float32)}
     arrays |= {"exp2/same/centred:score": scores.astype(np.float32), "exp2/same/centred:label": labels}
+    tuned = np.stack([right(recipe, "tuned"), right(recipe, "tuned again")]).astype(np.float32)  # two seeds of its own
+    tasks["exp1/topic/finetuned"] = {"metric": "accuracy", "value": float(tuned.mean()), **shared}
+    tasks["exp1/mood/finetuned"] = {"metric": "pearson", "value": 0.0, **shared}
+    arrays |= {"exp1/topic/finetuned": tuned, "exp1/mood/finetuned:label": labels}
+    arrays["exp1/mood/finetuned:score"] = np.stack([scores, scores + 3 * hits["exp1/topic"]])
     np.savez(out / "text.npz", **arrays)
     (out / "text.json").write_text(json.dumps({"encoder": recipe["name"], "tasks": tasks}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 
 from clip_train.ablation.cells import share_of, stages
 from clip_train.ablation.grid import Grid, load_grid
+from clip_train.ablation.grid_file import Probe
 from clip_train.ablation.main import check, part_of
 from clip_train.cli import main
 from clip_train.config import load_recipe
 from clip_train.errors import ConfigError, UserError
+from clip_train.evaluation.text.commands import add_arguments
+from clip_train.evaluation.text.finetune import Settings
 
 GRID = """
 name = "tiny-grid"
@@ -50,10 +54,14 @@ def grid_of(tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[
     """The grid above, or one that differs from it by a replacement."""
     write_recipe(recipe_tree)
 
-    def make(old: str = "", new: str = "", budget: str | None = None) -> Grid:
+    def make(old: str = "", new: str = "", budget: str | None = None, probes: str | None = None) -> Grid:
+        """With `probes`: text probes, and what is given beside them."""
         assert old in GRID
         path = tmp_path / "grid.toml"
-        path.write_text(GRID.replace(old, new) if old else GRID)
+        text = (
+            GRID if probes is None else GRID.replace("seeds = [0, 1]", f'seeds = [0, 1]\nprobes = ["text"]\n{probes}')
+        )
+        path.write_text(text.replace(old, new) if old else text)
         return load_grid(path, tmp_path / "out", budget)
 
     return make
@@ -94,8 +102,7 @@ def test_hash_knows_what_came_before_and_not_where(grid_of: Callable[..., Grid],
 def test_a_grid_without_a_generator_leaves_experiment_3_out(
     grid_of: Callable[..., Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = grid_of("seeds = [0, 1]", 'seeds = [0, 1]\nprobes = ["text"]')
-    pictures = grid_of("seeds = [0, 1]", 'seeds = [0, 1]\nprobes = ["text"]\ngenerator = "small"')
+    plain, pictures = grid_of(probes=""), grid_of(probes='generator = "small"')
     other = tmp_path / "runs/generator"  # of other work, in the folder that both are run from
     other.mkdir(parents=True)
     (other / "generator.json").write_text("{}")
@@ -106,6 +113,60 @@ def test_a_grid_without_a_generator_leaves_experiment_3_out(
             asked = probed_with(list(command), patched)
         assert asked["generator"] == drawn
         assert {name.split("/")[0] for name in asked["tasks"]} == {"exp1", "exp2"}
+
+
+def test_a_probe_table_is_what_the_command_is_given(grid_of: Callable[..., Grid], tmp_path: Path) -> None:
+    def probing(table: str, generator: str = "") -> Grid:
+        return grid_of("[axes.mask]", f"[probe]\n{table}\n[axes.mask]" if table else "[axes.mask]", probes=generator)
+
+    def asked(grid: Grid) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patched:
+            return probed_with(list(stages(grid, grid.cells[0])[1].command), patched)
+
+    plain, tuned = (
+        probing(""),
+        probing('finetune = true\nseeds = 2\nlr = 1e-4\ntasks = ["exp1/topic"]\ndevice = "cuda:1"'),
+    )
+    assert asked(tuned) == {
+        "tasks": ["exp1/topic"], "finetune": Settings(epochs=3, lr=1e-4, seeds=2), "device": "cuda:1", "generator": None
+    }  # fmt: skip
+    drawn = probing('tasks = ["exp2/keywords"]', 'generator = "small"')
+    assert asked(drawn)["tasks"] == ["exp2/keywords"] and asked(drawn)["generator"] == str(drawn.out / "generator")
+
+    def keys(grid: Grid) -> list[str]:
+        return [stage.key for stage in stages(grid, grid.cells[0])]
+
+    key = plain.cells[0].key
+    assert keys(plain) == keys(probing("# none\nfinetune = false")) == [key, key]
+    assert keys(probing("", 'generator = "small"')) == [key, f"{key}-small"], "finished cells stay finished"
+    others = [keys(tuned), keys(drawn), keys(probing("finetune = true")), keys(probing("finetune = true\nlr = 1e-4"))]
+    assert {train for train, _ in others} == {key} and len({probe for _, probe in others} | {key}) == 5
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, field in Probe.model_fields.items():
+        default = parser.get_default(name)
+        assert (default or []) == field.default if name == "tasks" else default == field.default, name
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("epoch = 2", "unknown key 'probe.epoch'. Did you mean epochs"),
+        ("epochs = 2", "epochs does nothing without finetune"),
+        ("glue_limit = 2", "glue_limit does nothing without glue"),
+        ('device = "gpu"', "'probe.device'"),
+        ('tasks = ["exp3"]', "`generator`"),
+        ('tasks = ["exp1/topics"]', r"\[probe\].*'exp1/topics'; nearest: exp1/topic"),
+        ('sentiment = "gone"', r"\[probe\].*gone"),
+        ('glue = "gone:cola"', r"\[probe\].*gone: there is no such folder"),
+    ],
+)
+def test_probe_tables_that_cannot_be(grid_of: Callable[..., Grid], table: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check(grid_of("[axes.mask]", f"[probe]\n{table}\n[axes.mask]", probes="\n"))
+    with pytest.raises(UserError, match="there are no probes"):
+        grid_of("[axes.mask]", "[probe]\nfinetune = true\n[axes.mask]")
 
 
 def probed_with(command: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -125,6 +125,21 @@ def test_runs_what_is_missing_and_no_more(grid: Path, log: Path) -> None:
     assert sorted(again) == ["probe causal-eot-seed1", "probe causal-mean-seed0", "train causal-mean-seed0"]
 
 
+def test_other_options_of_probes_probe_again(grid: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(grid) == 0
+    before = len(stages(log))
+    grid.write_text(GRID.replace("[means.topics]", "[probe]\nfinetune = true\n[means.topics]"))
+    monkeypatch.setenv("STAND_IN_FAILS", "causal-eot")
+    assert run(grid) == 1
+    assert not (grid.parent / "out/cells/causal-eot-seed0/probe/text.json").exists(), (
+        "figures of other options are gone"
+    )
+    monkeypatch.delenv("STAND_IN_FAILS")
+    assert run(grid) == 0
+    again = stages(log)[before:]
+    assert len(again) == len(set(again)) == 10 and {line.split()[0] for line in again} == {"probe"}
+
+
 def test_another_grid_in_the_folder_is_refused(grid: Path, log: Path) -> None:
     assert run(grid) == 0
     before = len(stages(log))
@@ -277,7 +292,7 @@ def test_table_and_report(grid: Path) -> None:
     out = grid.parent / "out"
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 15 * 6
+    assert len(rows) == 15 * 8
     assert {row["axis_mask"] for row in rows if row["cell"] == "bidirectional-mean"} == {"bidirectional"}
     one = next(row for row in rows if (row["cell"], row["seed"], row["metric"]) == ("causal-eot", "1", "exp1/topic"))
     with np.load(out / "cells/causal-eot-seed1/probe/text.npz") as arrays:
@@ -306,6 +321,26 @@ def test_table_and_report(grid: Path) -> None:
     assert by_question["Is anything learned?", "what texts are about"][7].strip(" |") == "not testable"
     # What is worse than untrained has learned nothing.
     assert by_question["Is it the other way round?", "what texts are about"][7].strip(" |") == "not testable"
+    whole = results.Results(load_grid(grid, out))
+    learned = whole.grid.file.comparisons["learned"]
+    accurate, alike = (whole.difference(learned, f"exp1/{name}/finetuned") for name in ("topic", "mood"))
+    assert accurate is not None and alike is not None
+    for seed in range(3):
+        with (
+            np.load(out / f"cells/bidirectional-eot-seed{seed}/probe/text.npz") as one,
+            np.load(out / f"cells/causal-eot-seed{seed}/probe/text.npz") as other,
+        ):
+            name = "exp1/topic/finetuned"
+            assert accurate.by_seed[seed] == pytest.approx(one[name].mean() - other[name].mean(), abs=1e-6)
+            first, second = (
+                [
+                    np.corrcoef(line, file["exp1/mood/finetuned:label"])[0, 1]
+                    for line in file["exp1/mood/finetuned:score"]
+                ]
+                for file in (one, other)
+            )
+            assert alike.by_seed[seed] == pytest.approx(np.mean(first) - np.mean(second), abs=1e-6)
+    assert accurate.items == alike.items == 300
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 2 * 5
     assert {path.stem for path in (out / "report").iterdir()} == {

@@ -18,7 +18,6 @@ from clip_train.errors import UserError
 if TYPE_CHECKING:
     from clip_train.evaluation.text.compare import Difference
     from clip_train.evaluation.text.results import TaskResult
-    from clip_train.evaluation.text.tasks import TextTask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +62,10 @@ def run_probe(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     from clip_train.evaluation.text.encoder import open_encoder
     from clip_train.evaluation.text.finetune import Settings
-    from clip_train.evaluation.text.suite import EXP3, Pictures, choose, run_suite, save_suite
+    from clip_train.evaluation.text.suite import EXP3, Pictures, choose, run_suite, save_suite, tasks_from_elsewhere
 
     wanted = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    tasks = choose(wanted, _extra(args))
+    tasks = choose(wanted, tasks_from_elsewhere(args.sentiment, args.glue, args.glue_limit))
     finetune = Settings(epochs=args.epochs, lr=args.lr, seeds=args.seeds) if args.finetune else None
     generator = _generator(args.generator, asked=EXP3 in wanted) if not wanted or EXP3 in wanted else None
     places = _places(args.encoders, args.out)
@@ -97,21 +96,6 @@ def run_probe(args: argparse.Namespace) -> int:
         write_comparison(target, list(found), differences)
         console.print(str(target), soft_wrap=True)
     return 0
-
-
-def _extra(args: argparse.Namespace) -> list[TextTask]:
-    """Tasks from elsewhere."""
-    found: list[TextTask] = []
-    if args.sentiment is not None:
-        from clip_train.evaluation.text.sentiment import read_sentiment
-
-        found += read_sentiment(args.sentiment)
-    if args.glue is not None:
-        from clip_train.evaluation.text.glue import read_glue
-
-        source, _, names = args.glue.partition(":")
-        found += read_glue(source, [name for name in names.split(",") if name], limit=args.glue_limit)
-    return found
 
 
 def _generator(folder: Path | None, *, asked: bool) -> Any:
