@@ -105,7 +105,7 @@ def check(grid: Grid) -> None:
 def _check_cell(grid: Grid, cell: Cell, built: set[str]) -> None:
     _check_initial(grid, cell)
     recipe = set_values(cell.recipe, ["training.seed=0", "name=cell"])
-    if grid.vocabulary is not None and not grid.vocabulary.exists():
+    if not Path(recipe.tokenizer.path).exists() and _comes_before(grid, cell, recipe.tokenizer.path):
         # It is not learned yet; the shipped one finds the same contradictions.
         recipe = set_values(recipe, ["tokenizer.path=default"])
     text = recipe.model_dump_json()
@@ -134,15 +134,20 @@ def _check_probe(probe: Probe) -> None:
 
 def _check_initial(grid: Grid, cell: Cell) -> None:
     """Raises ConfigError for a run to start from that is not there, and is not the one that `after` names."""
-    before = None if cell.after is None else grid.folder(cell.after)
     for key in ("init", "init_text", "init_image"):
         value = getattr(cell.recipe.training, key)
-        if value is None or (before is not None and Path(value).is_relative_to(before)) or Path(value).exists():
+        if value is None or Path(value).exists() or _comes_before(grid, cell, value):
             continue
         raise ConfigError(
             f"training.{key} = {value!r}: there is no such run or checkpoint; for a cell of this grid give the arm "
             f"`after`, and {PREVIOUS} for its folder"
         )
+
+
+def _comes_before(grid: Grid, cell: Cell, path: str) -> bool:
+    """Whether a file is made before the cell is run: the grid's vocabulary, or what the cell it comes after writes."""
+    earlier = cell.after is not None and Path(path).is_relative_to(grid.folder(cell.after))
+    return earlier or path == str(grid.vocabulary)
 
 
 def part_of(runs: Sequence[Cell], share: str | None) -> list[Cell]:

@@ -278,6 +278,7 @@ def test_losses_and_beginnings_are_checked_before_training(grid_of: Callable[...
         check(grid)
     check(grid_of(last, text.format(masked)))
     check(grid_of())  # {previous} is not there yet
+    check(grid_of("training.init={previous}", "tokenizer.path={previous}/checkpoints/latest/tokenizer.json"))
     for key in ("init", "init_text", "init_image"):
         grid = grid_of(last, text.format(f'"text.pool=cls", "training.{key}=runs/gone"'))
         with pytest.raises(ConfigError, match=rf"cell 'tuned'.*training.{key} = .*runs/gone"):
