@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clip_train.ablation.grid import Cell, Grid
+from clip_train.ablation.grid import Cell, Grid, probe_key
 from clip_train.config.load import dump_recipe
 from clip_train.errors import UserError
 
@@ -53,12 +53,25 @@ def stages(grid: Grid, cell: Cell) -> list[Stage]:
     command = ("train", str(folder / "cell.toml"), "--run-dir", str(folder), "--resume", "auto")
     found = [Stage("train", command, tuple(trained), cell.key)]
     for suite in grid.file.probes:
-        command, key = ("probe", str(folder), "--suite", suite), cell.key
-        if grid.generator is not None:
-            command = (*command, "--generator", str(grid.out / "generator"), "--budget", grid.generator)
-            key = f"{key}-{grid.generator}"
-        found.append(Stage(f"probe-{suite}", command, (folder / "probe" / f"{suite}.json",), key))
+        command = ("probe", str(folder), "--suite", suite, *_probe_options(grid))
+        found.append(Stage(f"probe-{suite}", command, (folder / "probe" / f"{suite}.json",), probe_key(cell, grid)))
     return found
+
+
+def _probe_options(grid: Grid) -> list[str]:
+    said = grid.file.probe.model_dump(exclude_defaults=True)
+    tasks = said.pop("tasks", [])
+    options: list[str] = []
+    if grid.generator is None:  # said, or it would take a generator that is there for other work
+        tasks = tasks or ["exp1", "exp2"]
+    else:
+        options += ["--generator", str(grid.out / "generator"), "--budget", grid.generator]
+        tasks = [*tasks, "exp3"] if tasks else []
+    if tasks:
+        options += ["--tasks", ",".join(tasks)]
+    for key, value in said.items():
+        options += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return options
 
 
 def prepare(grid: Grid, cell: Cell) -> None:
@@ -67,6 +80,13 @@ def prepare(grid: Grid, cell: Cell) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     check(grid, cell)
     _write(folder / "cell.toml", dump_recipe(cell.recipe))
+
+
+def clear(stage: Stage) -> None:
+    """Take away what a probe is to make anew: it would leave other settings' figures beside its own."""
+    if stage.name != "train":
+        for output in stage.outputs:
+            output.unlink(missing_ok=True)
 
 
 def check(grid: Grid, cell: Cell) -> None:

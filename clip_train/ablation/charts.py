@@ -32,9 +32,9 @@ TITLES = {
     "differences": (
         "Differences",
         "First less second, more being better, × 100: points of accuracies, recalls and areas, hundredths of "
-        "correlations and bits, of means over tasks points between chance (0) and perfect (100). 95 % intervals over "
-        "items (paired bootstrap of groups that belong together) and seeds (spread pooled over all arms), by t. Filled "
-        "and coloured: p < 0.05 after Holm's correction over all rows of this chart.",
+        "correlations, bits and losses, of means over tasks points between chance (0) and perfect (100). 95 % "
+        "intervals over items (paired bootstrap of groups that belong together) and seeds (spread pooled over all "
+        "arms), by t. Filled and coloured: p < 0.05 after Holm's correction over all rows of this chart.",
     ),
     "tasks": (
         "Every task",
@@ -178,7 +178,7 @@ def _short(results: Results, headline: str) -> str:
     kind, *rest = headline.split("/")
     of_kind = {name.split("/")[1] for name in results.headline if name.startswith(f"{kind}/")}
     label = results.label(headline)
-    if kind in ("zeroshot", "retrieval") and len(of_kind) == 1:
+    if kind in ("zeroshot", "retrieval", "language") and len(of_kind) == 1:
         data = rest[0].replace("_", " ")
         label = label.replace(f", {data}", "").replace(f" {data},", ",")
     return label

@@ -27,6 +27,8 @@ class Finding:
     """Corrected for all findings of the grid."""
     seeds: int
     """Both sides have; with one, the interval is over items alone."""
+    items: int
+    """Things that are drawn, of the task that has fewest; 0 where none are kept: the interval is over seeds alone."""
     control: Literal["passed", "failed", "not run"] = "passed"
     """Whether a comparison with untrained cells shows that something was learned, without which nothing can be
     expected; passed where none is asked for."""
@@ -60,7 +62,8 @@ def find(results: Results) -> list[Finding]:
             if difference is not None:
                 one = interval(difference, spread)
                 seeds = len(difference.by_seed)
-                raw.append(Finding(comparison, headline, results.label(headline), one, one.p, seeds))
+                label = results.label(headline)
+                raw.append(Finding(comparison, headline, label, one, one.p, seeds, difference.items))
     corrected = holm([one.interval.p for one in raw])
     found = [replace(one, p_holm=p) for one, p in zip(raw, corrected, strict=True)]
     found = [replace(one, control=_control(one, comparisons, found)) for one in found]

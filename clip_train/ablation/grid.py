@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from clip_train.ablation.grid_file import PREVIOUS, Budget, Comparison, GridFile, nearest, read_grid_file
+from clip_train.ablation.grid_file import PREVIOUS, Budget, Comparison, GridFile, Probe, nearest, read_grid_file
 from clip_train.config import Recipe, load_recipe
 from clip_train.errors import ConfigError
 from clip_train.evaluation.text.tasks import EMBEDDED
@@ -94,6 +94,8 @@ def expand(file: GridFile, path: Path, out: Path, budget: str | None = None) -> 
         raise ConfigError(f"{where}: no budget {budget!r}.{nearest(budget, file.budgets, 'Budgets')}")
     if file.generator is not None and not file.probes:
         raise ConfigError(f"{where}: generator = {file.generator!r} is for probes = ['text'], and there are no probes")
+    if file.probe != Probe() and not file.probes:
+        raise ConfigError(f"{where}: [probe] is for probes = ['text'], and there are no probes")
     _check_figures(file, where)
     chosen = file.budgets[budget] if budget is not None else Budget()
     plans = _plans(file, where)
@@ -236,6 +238,17 @@ def _key(recipe: Recipe, grid: Grid, before: Cell | None) -> str:
     if before is not None:
         text = text.replace(json.dumps(str(grid.folder(before)))[1:-1], before.key)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def probe_key(cell: Cell, grid: Grid) -> str:
+    """As a cell's key, of what decides the figures of its probes."""
+    parts = [cell.key]
+    if grid.generator is not None:
+        parts.append(grid.generator)
+    said = _said(grid.file.probe)
+    if said:
+        parts.append(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16])
+    return "-".join(parts)
 
 
 def _said(value: object) -> Any:

@@ -10,8 +10,15 @@
     exclude = [{ mask = "causal", pool = "cls" }]
 
     [means.held-out]                            # a figure of its own: the mean over tasks, 0 chance and 100 perfect
-    title = "same picture, captions held out"   # (`exp1` and `exp2` are means over all their tasks)
+    title = "same picture, captions held out"   # (`exp1` is that over all its tasks, `exp2` over all /centred ones)
     of = ["exp2/same_picture_clipart/centred"]
+
+    [probe]                                     # options of `clip-train probe`, the same for all cells
+    tasks = ["exp1", "exp2/keywords"]           # of experiments 1 and 2; all without it
+    device = "cuda"
+    finetune = true                             # … with epochs, lr and seeds
+    sentiment = "vader"
+    glue = "dir/glue:cola,stsb"                 # … with glue_limit
 
     [vocabulary]                                # learned once, before the first cell; without it the recipe's holds
     captions = "embedded:pictograms/train-*.tar"
@@ -56,15 +63,39 @@ import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from clip_train.config.section import Section
 from clip_train.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 PREVIOUS = "{previous}"
+
+
+class Probe(Section):
+    """Options of `clip-train probe`, with its defaults. Paths are as on its command line."""
+
+    tasks: list[str] = []
+    """Of experiments 1 and 2, all where none is named; experiment 3 is what `generator` says."""
+    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")] = "cpu"
+    finetune: bool = False
+    epochs: PositiveInt = 3
+    lr: PositiveFloat = 2e-5
+    seeds: PositiveInt = 3
+    sentiment: str | None = None
+    glue: str | None = None
+    glue_limit: PositiveInt = 10_000
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        for key, of in (("epochs", "finetune"), ("lr", "finetune"), ("seeds", "finetune"), ("glue_limit", "glue")):
+            if key in self.model_fields_set and not getattr(self, of):
+                raise ValueError(f"{key} does nothing without {of}: give both or none")
+        if "exp3" in self.tasks:
+            raise ValueError("tasks: experiment 3 runs where the grid has a `generator`: leave it out here")
+        return self
 
 
 class Vocabulary(Section):
@@ -130,10 +161,12 @@ class GridFile(Section):
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     probes: list[Literal["text"]] = []
     """Suites of `clip-train probe` for every cell."""
+    probe: Probe = Probe()
     generator: Literal["full", "small"] | None = None
     """Size of the picture generator for experiment 3, trained once before the first cell; none leaves it out."""
     headline: list[str] = []
-    """Figures that are tested, best few: names as in the table, of a mean, or `exp1` for that over all `exp1/…`."""
+    """Figures that are tested, best few: names as in the table, of a mean, or that over an experiment: `exp1` of all
+    its tasks, `exp2` of all its centred cosines."""
     means: dict[Name, Mean] = {}
     vocabulary: Vocabulary | None = None
     axes: dict[Name, dict[Name, list[str]]] = {}
@@ -174,7 +207,8 @@ def _explain(problem: object) -> str:
     if problem["type"] != "extra_forbidden":
         return f"missing key {key!r}" if problem["type"] == "missing" else f"{key!r}: {problem['msg']}"
     tables: dict[str, type[BaseModel]] = {
-        "arms": Arm, "budgets": Budget, "comparisons": Comparison, "means": Mean, "vocabulary": Vocabulary,
+        "arms": Arm, "budgets": Budget, "comparisons": Comparison, "means": Mean, "probe": Probe,
+        "vocabulary": Vocabulary,
     }  # fmt: skip
     fields = (tables[loc[0]] if len(loc) > 1 and loc[0] in tables else GridFile).model_fields
     return f"unknown key {key!r}.{nearest(loc[-1], fields, 'Keys')}"

@@ -16,14 +16,15 @@ from clip_train.ablation import cells as folders
 from clip_train.ablation import plan
 from clip_train.ablation.cells import Lock
 from clip_train.ablation.grid import Cell, Grid, load_grid
-from clip_train.ablation.grid_file import Vocabulary
+from clip_train.ablation.grid_file import PREVIOUS, Probe, Vocabulary
 from clip_train.ablation.report import write_report
 from clip_train.ablation.run import CLIP_TRAIN, run_cells
 from clip_train.ablation.table import write_table
 from clip_train.config.load import set_values
 from clip_train.data.shards import resolve
 from clip_train.errors import ConfigError, UserError
-from clip_train.from_recipe.model import build_model, build_tokenizer
+from clip_train.evaluation.text.suite import choose, tasks_from_elsewhere
+from clip_train.from_recipe.model import build_model, build_objective, build_tokenizer
 from tokenizer.commands import train_from_files
 
 
@@ -75,6 +76,8 @@ def ablate(
     if missing and share is not None and not report_only:
         console.print(f"{len(missing)} runs of other shares are missing: the last share writes table and report")
         return code
+    if len(missing) == len(grid.runs) and not report_only:  # all have failed, which was said
+        return code
     table = write_table(grid)
     console.print(f"table: {table}", soft_wrap=True)
     console.print(f"[bold green]report:[/] {write_report(grid)}", soft_wrap=True)
@@ -84,35 +87,67 @@ def ablate(
 
 
 def check(grid: Grid) -> None:
-    """Build every tower without memory, find every shard, look whose folders there are; nothing is trained yet.
+    """Build every tower and loss without memory, find every shard, look whose folders there are, before any training.
 
     Raises ConfigError, DataError or UserError with the cell's name.
     """
+    if grid.file.probes:
+        _check_probe(grid.file.probe)
     built: set[str] = set()
     for cell in grid.runs:
         try:
-            _check_cell(cell, built)
+            _check_cell(grid, cell, built)
         except UserError as error:
             raise type(error)(f"cell {cell.name!r}: {error}") from error
         folders.check(grid, cell)
 
 
-def _check_cell(cell: Cell, built: set[str]) -> None:
-    # The vocabulary may not be there yet; the shipped one finds the same contradictions.
+def _check_cell(grid: Grid, cell: Cell, built: set[str]) -> None:
+    _check_initial(grid, cell)
     recipe = set_values(cell.recipe, ["training.seed=0", "name=cell"])
-    known = Path(recipe.tokenizer.path).exists() or recipe.tokenizer.path == "default"
-    recipe = recipe if known else set_values(recipe, ["tokenizer.path=default"])
+    if not Path(recipe.tokenizer.path).exists() and _comes_before(grid, cell, recipe.tokenizer.path):
+        # It is not learned yet; the shipped one finds the same contradictions.
+        recipe = set_values(recipe, ["tokenizer.path=default"])
     text = recipe.model_dump_json()
     if text in built:
         return
     built.add(text)
+    tokenizer = build_tokenizer(recipe)
     with torch.device("meta"):
-        build_model(recipe, build_tokenizer(recipe))
+        build_model(recipe, tokenizer)
+    build_objective(recipe, tokenizer)
     patterns = [source.shards for source in recipe.data.sources.values()]
     patterns += [task.shards for task in recipe.evaluation.tasks.values()]
     for pattern in patterns:
         if pattern is not None and not any(":" in one and not one.startswith("embedded:") for one in _several(pattern)):
             resolve(pattern)
+
+
+def _check_probe(probe: Probe) -> None:
+    """Raises UserError for tasks that are none, and for data of theirs that is not there or cannot be read."""
+    try:
+        sentiment = None if probe.sentiment is None else Path(probe.sentiment)
+        choose(probe.tasks, tasks_from_elsewhere(sentiment, probe.glue, probe.glue_limit))
+    except UserError as error:
+        raise type(error)(f"[probe]: {error}") from error
+
+
+def _check_initial(grid: Grid, cell: Cell) -> None:
+    """Raises ConfigError for a run to start from that is not there, and is not the one that `after` names."""
+    for key in ("init", "init_text", "init_image"):
+        value = getattr(cell.recipe.training, key)
+        if value is None or Path(value).exists() or _comes_before(grid, cell, value):
+            continue
+        raise ConfigError(
+            f"training.{key} = {value!r}: there is no such run or checkpoint; for a cell of this grid give the arm "
+            f"`after`, and {PREVIOUS} for its folder"
+        )
+
+
+def _comes_before(grid: Grid, cell: Cell, path: str) -> bool:
+    """Whether a file is made before the cell is run: the grid's vocabulary, or what the cell it comes after writes."""
+    earlier = cell.after is not None and Path(path).is_relative_to(grid.folder(cell.after))
+    return earlier or path == str(grid.vocabulary)
 
 
 def part_of(runs: Sequence[Cell], share: str | None) -> list[Cell]:

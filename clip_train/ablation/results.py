@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ NAMES = {
     "text_to_image": "caption → picture",
     "image_to_text": "picture → caption",
 }
-LESS_IS_BETTER = ("nll", "bits", "perplexity")
+LESS_IS_BETTER = ("loss", "bits", "perplexity")
 """Measures of which a smaller value is the better one."""
 UNIT_SCALE = ("accuracy", "recall")
 """Measures whose chance is known and whose best is 1: shown as shares."""
@@ -37,7 +37,8 @@ UNIT_SCALE = ("accuracy", "recall")
 
 @dataclass(frozen=True)
 class Items:
-    """What a figure is made of: `scores (N,)` whose mean it is, or with `labels (N,)` what `kind` makes of both."""
+    """What a figure is made of: `scores (F, N)` whose mean it is, or with `labels (N,)` the mean over F of what `kind`
+    makes of both. F are the seeds of what was fine-tuned, else 1."""
 
     kind: Kind
     scores: Floats
@@ -92,17 +93,24 @@ class Results:
             return f"zero-shot {rest[0].replace('_', ' ')}, {rest[1].replace('top', 'top-')}"
         if kind == "retrieval":
             return f"{NAMES.get(rest[1], rest[1])} {rest[2].upper()}, {rest[0].replace('_', ' ')}"
+        if kind == "language":
+            return f"held-out {rest[1]}, {rest[0].replace('_', ' ')}"
         return f"{' '.join(rest).replace('_', ' ')} ({kind.replace('exp', 'exp. ')})"
 
     def tasks(self, headline: str) -> list[str]:
         """The figures that a headline stands for: itself; those of a mean, none unless all were measured; or the tasks
-        of an experiment (`exp1`, `exp2`), without their variants (`exp1/TASK/VARIANT`)."""
+        of an experiment: `exp1` without their variants (`exp1/TASK/VARIANT`), `exp2` by centred cosines."""
         mean = self.grid.file.means.get(headline)
         if mean is not None:
             return mean.of if set(mean.of) <= set(self.metrics) else []
         if headline not in EXPERIMENTS:
             return [name for name in self.metrics if name == headline]
-        return [name for name in self.metrics if name.startswith(f"{headline}/") and name.count("/") == 1]
+        of_experiment = [name for name in self.metrics if name.startswith(f"{headline}/")]
+        if (
+            headline == "exp2"
+        ):  # raw cosines hold a direction that texts share, more of it in some towers than in others
+            return [name for name in of_experiment if name.endswith("/centred")]
+        return [name for name in of_experiment if name.count("/") == 1]
 
     def values(self, cell: str, headline: str) -> Floats:
         """`(S,)`: a headline figure of a cell by seed; of an experiment, the mean of its tasks as `unit` says."""
@@ -111,9 +119,14 @@ class Results:
         for seed in self.seeds:
             rows = self.by_cell.get((cell, seed), {})
             if tasks and all(task in rows for task in tasks):
-                plain = tasks == [headline]
-                found.append(float(np.mean([rows[t].value if plain else above_chance(rows[t]) for t in tasks])))
+                found.append(self._value(rows, headline))
         return np.array(found)
+
+    def _value(self, rows: Mapping[str, Row], headline: str) -> float:
+        """A headline figure of one run."""
+        tasks = self.tasks(headline)
+        plain = tasks == [headline]
+        return float(np.mean([rows[task].value if plain else above_chance(rows[task]) for task in tasks]))
 
     def row(self, metric: str) -> Row:
         """Some row of a figure, for what is the same in all of them."""
@@ -156,7 +169,8 @@ class Results:
         return pooled_spread(np.array(whole)) if whole else None
 
     def difference(self, comparison: Comparison, headline: str) -> Difference | None:
-        """First cells less second ones, more being better; None where cells or items are missing."""
+        """First cells less second ones, more being better; None where cells are missing, or items where there is one
+        seed. Figures whose items are not kept are compared over seeds alone."""
         names = {*comparison.first, *comparison.second}
         tasks = self.tasks(headline)
         seeds = [s for s in self.seeds if all(t in self.by_cell.get((n, s), {}) for n in names for t in tasks)]
@@ -164,7 +178,17 @@ class Results:
             return None
         parts = [self._task(comparison, task, seeds, plain=tasks == [headline]) for task in tasks]
         known = [one for one in parts if one is not None]
-        return paired_difference(known) if len(known) == len(parts) else None
+        if len(known) == len(parts):
+            return paired_difference(known)
+        return self._over_seeds_alone(comparison, headline, seeds) if len(seeds) > 1 else None
+
+    def _over_seeds_alone(self, comparison: Comparison, headline: str, seeds: Sequence[int]) -> Difference:
+        less = self.tasks(headline) == [headline] and less_is_better(self.row(headline))
+        first, second = (
+            np.mean([[self._value(self.by_cell[name, seed], headline) for name in side] for seed in seeds], axis=1)
+            for side in (comparison.first, comparison.second)
+        )
+        return Difference(second - first if less else first - second, item_variance=0.0, counted_twice=0.0, items=0)
 
     def _task(self, comparison: Comparison, task: str, seeds: Sequence[int], *, plain: bool) -> Task | None:
         names = dict.fromkeys([*comparison.first, *comparison.second])
@@ -174,10 +198,10 @@ class Results:
             return None
         some = next(iter(known.values()))
         for (name, seed), one in known.items():
-            if len(one.scores) != len(some.scores) or not _same(one.labels, some.labels):
+            if one.scores.shape != some.scores.shape or not _same(one.labels, some.labels):
                 raise DataError(f"{name}-seed{seed} was asked other items of {task} than the rest: probe it again")
         first, second = (
-            np.array([[known[name, seed].scores for name in side] for seed in seeds])
+            np.array([np.concatenate([known[name, seed].scores for name in side]) for seed in seeds])
             for side in (comparison.first, comparison.second)
         )
         row = self.row(task)
@@ -196,11 +220,11 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
         arrays = [_load(folder / "probe" / f"{suite}.npz") for suite in grid.file.probes]
         for probe in arrays:
             if task in probe:
-                scores = _floats(probe[task])
-                return Items("mean", scores, None, things_of(task, len(scores)))
+                scores = np.atleast_2d(_floats(probe[task]))
+                return Items("mean", scores, None, things_of(task, scores.shape[1]))
             if f"{task}:score" in probe:
-                scores, labels = _floats(probe[f"{task}:score"]), _floats(probe[f"{task}:label"])
-                return Items(kind_of(measure), scores, labels, things_of(task, len(scores)))
+                scores, labels = np.atleast_2d(_floats(probe[f"{task}:score"])), _floats(probe[f"{task}:label"])
+                return Items(kind_of(measure), scores, labels, things_of(task, len(labels)))
         return None
     _, name, *way, short = task.split("/")
     arrays = _load(folder / "eval" / f"{name}.npz")
@@ -211,7 +235,7 @@ def read_items(grid: Grid, cell: Cell, task: str, measure: str) -> Items | None:
     paired = (arrays["pair_image"], arrays["pair_caption"]) if way else None
     groups = np.arange(len(ranks)) if paired is None else groups_of_pairs(*paired, way[0])
     salt = text_hash(name) >> 1  # data sets have nothing to do with each other, figures of one have
-    return Items("mean", (ranks < cutoff).astype(np.float64), None, (salt + groups)[:, None])
+    return Items("mean", (ranks < cutoff).astype(np.float64)[None], None, (salt + groups)[:, None])
 
 
 def groups_of_pairs(images: Groups, captions: Groups, way: str) -> Groups:

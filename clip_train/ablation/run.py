@@ -133,6 +133,7 @@ def _start_next(
         pending.remove(cell)
         try:
             folders.prepare(grid, cell)
+            folders.clear(todo[0])
             return _start(grid, cell, todo[0], lock, program, threads)
         except (OSError, ValueError) as error:
             lock.release()

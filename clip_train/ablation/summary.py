@@ -128,6 +128,13 @@ def limits(results: Results, found: Sequence[Finding]) -> list[str]:
     untested = findings.untested(results, found)
     if untested:
         lines.append(f"Not tested, for want of their cells: {', '.join(untested)}.")
+    alone = dict.fromkeys(one.label for one in found if not one.items)
+    if alone:
+        lines.append(f"No items are kept of {', '.join(alone)}: these intervals are over seeds alone.")
+    tested = {one.headline for one in found}
+    left = [results.label(name) for name in results.headline if name not in tested]
+    if left and grid.file.comparisons:
+        lines.append(f"In no test, for want of cells, or of items or a second seed: {', '.join(left)}.")
     for name in grid.file.headline:
         if not results.tasks(name):
             missing = [one for one in (grid.file.means[name].of if name in grid.file.means else [name])

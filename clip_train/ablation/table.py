@@ -14,7 +14,7 @@ import torch
 
 from clip_train.ablation import cells as folders
 from clip_train.ablation.grid import Cell, Grid
-from clip_train.errors import UserError
+from clip_train.errors import ConfigError, UserError
 from clip_train.from_recipe.model import build_model, build_tokenizer
 
 
@@ -26,9 +26,9 @@ class Row:
     seed: int
     levels: dict[str, str]
     metric: str
-    """`zeroshot/TASK/top1`, `retrieval/TASK/text_to_image/r@10`, `exp1/TASK`."""
+    """`zeroshot/TASK/top1`, `retrieval/TASK/text_to_image/r@10`, `language/TASK/loss`, `exp1/TASK`."""
     measure: str
-    """What is measured: accuracy, recall, auc, spearman, nll …"""
+    """What is measured: accuracy, recall, loss, auc, spearman, bits …"""
     value: float
     chance: float | None
     """What guessing reaches, where that is known."""
@@ -43,8 +43,15 @@ class Row:
 
 
 def write_table(grid: Grid) -> Path:
-    """Write `table.csv` (and `table.parquet`) of the finished cells into the grid's folder; the CSV's path."""
+    """Write `table.csv` (and `table.parquet`) of the finished cells into the grid's folder; the CSV's path.
+
+    Raises ConfigError where no cell is finished, or none measured anything: a table that is there stays.
+    """
+    if not any(folders.is_finished(grid, cell) for cell in grid.runs):
+        raise ConfigError(f"{grid.out}: no cell is finished: run the grid as it is now without --report first")
     rows = list(read_rows(grid))
+    if not rows:
+        raise ConfigError(f"{grid.out}: nothing was measured: give the grid probes, or its recipe evaluation.tasks")
     axes = list(grid.file.axes)
     names = [field.name for field in fields(Row)]
     at = names.index("levels")
@@ -54,16 +61,20 @@ def write_table(grid: Grid) -> Path:
         for row in rows
     ]
     out = grid.out / "table.csv"
-    with out.open("w", newline="", encoding="utf-8") as file:
+    aside = out.with_suffix(".csv.part")
+    with aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([["" if value is None else value for value in line] for line in lines])
-    if lines and find_spec("pyarrow") is not None:
+    aside.replace(out)
+    if find_spec("pyarrow") is not None:
         import pyarrow
         import pyarrow.parquet
 
         columns = {name: list(column) for name, column in zip(header, zip(*lines, strict=True), strict=True)}
-        pyarrow.parquet.write_table(pyarrow.table(columns), out.with_suffix(".parquet"))
+        aside = out.with_suffix(".parquet.part")
+        pyarrow.parquet.write_table(pyarrow.table(columns), aside)
+        aside.replace(out.with_suffix(".parquet"))
     return out
 
 
@@ -104,9 +115,11 @@ def read_figures(folder: Path, probes: Sequence[str]) -> Iterator[dict[str, Any]
         elif short.startswith("r@"):
             chance = figures.get(f"{head}/chance_{short}")
             n = figures.get(f"{head.rpartition('/')[0]}/{'images' if 'image_to' in head else 'captions'}")
+        elif name.startswith("language/") and short in ("loss", "perplexity", "accuracy"):
+            chance, n = None, figures.get(f"{head}/targets")
         else:
             continue
-        measure = "recall" if short.startswith("r@") else "accuracy"
+        measure = "recall" if short.startswith("r@") else short if short in ("loss", "perplexity") else "accuracy"
         yield {
             "metric": name, "measure": measure, "value": value, "chance": chance,
             "n": None if n is None else int(n), "pool": None,

@@ -58,7 +58,7 @@ def build_optimizer(recipe: Recipe, model: Model) -> torch.optim.Optimizer:
         case Lion():
             return optimizers.lion(parameters, **arguments)
         case Muon():
-            return optimizers.muon(parameters, embeddings=model.embeddings(), share=share_of_work(), **arguments)
+            return optimizers.muon(parameters, embeddings=model.lookup_tables(), share=share_of_work(), **arguments)
         case _:
             assert_never(config)
 

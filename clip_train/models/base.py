@@ -85,7 +85,7 @@ class Model(nn.Module):
         names = {f"{prefix}.{name}" for prefix, tower in self.towers.items() for name in tower.no_weight_decay()}
         return names | {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
 
-    def embeddings(self) -> set[str]:
+    def lookup_tables(self) -> set[str]:
         """Names of the tables whose rows are looked up or added: of tokens, positions and distances."""
         looked_up = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
         return looked_up | {name for name, _ in self.named_parameters() if name.endswith("positional_embedding")}

@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from clip_train.ablation import main, results
+from clip_train.ablation import main, report, results, summary
 from clip_train.ablation.cells import Lock
+from clip_train.ablation.grid import load_grid
 from clip_train.ablation.main import ablate
 from clip_train.errors import ConfigError, UserError
+from clip_train.evaluation.comparison import interval
 from clip_train.evaluation.text.tasks import load_embedded, things_of
 
+MASKS = ("causal", "bidirectional")
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
 GRID = """
 name = "tiny-grid"
@@ -120,6 +123,21 @@ def test_runs_what_is_missing_and_no_more(grid: Path, log: Path) -> None:
     assert run(grid) == 0
     again = stages(log)[len(first) :]
     assert sorted(again) == ["probe causal-eot-seed1", "probe causal-mean-seed0", "train causal-mean-seed0"]
+
+
+def test_other_options_of_probes_probe_again(grid: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(grid) == 0
+    before = len(stages(log))
+    grid.write_text(GRID.replace("[means.topics]", "[probe]\nfinetune = true\n[means.topics]"))
+    monkeypatch.setenv("STAND_IN_FAILS", "causal-eot")
+    assert run(grid) == 1
+    assert not (grid.parent / "out/cells/causal-eot-seed0/probe/text.json").exists(), (
+        "figures of other options are gone"
+    )
+    monkeypatch.delenv("STAND_IN_FAILS")
+    assert run(grid) == 0
+    again = stages(log)[before:]
+    assert len(again) == len(set(again)) == 10 and {line.split()[0] for line in again} == {"probe"}
 
 
 def test_another_grid_in_the_folder_is_refused(grid: Path, log: Path) -> None:
@@ -274,7 +292,7 @@ def test_table_and_report(grid: Path) -> None:
     out = grid.parent / "out"
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 15 * 5
+    assert len(rows) == 15 * 8
     assert {row["axis_mask"] for row in rows if row["cell"] == "bidirectional-mean"} == {"bidirectional"}
     one = next(row for row in rows if (row["cell"], row["seed"], row["metric"]) == ("causal-eot", "1", "exp1/topic"))
     with np.load(out / "cells/causal-eot-seed1/probe/text.npz") as arrays:
@@ -295,11 +313,34 @@ def test_table_and_report(grid: Path) -> None:
     ]
     assert float(mask[3].split()[0]) == pytest.approx(100 * (np.mean(hits[0]) - np.mean(hits[1])) / 0.5, abs=0.06)
     assert mask[7].strip(" |") == "reproduced"
-    assert by_question["Is looking back enough?", "vision-centric text (exp. 2)"][7].strip(" |") == "refuted"
+    cosines = by_question["Is looking back enough?", "vision-centric text (exp. 2)"]
+    assert cosines[7].strip(" |") == "refuted"
+    areas = [[area(out, f"{m}-{p}", s) for p in ("eot", "mean") for s in range(3)] for m in ("bidirectional", "causal")]
+    assert float(cosines[3].split()[0]) == pytest.approx(100 * (np.mean(areas[0]) - np.mean(areas[1])) / 0.5, abs=0.06)
     assert by_question["Is the mean better?", "general text (exp. 1)"][7].strip(" |") == "undecided"
     assert by_question["Is anything learned?", "what texts are about"][7].strip(" |") == "not testable"
     # What is worse than untrained has learned nothing.
     assert by_question["Is it the other way round?", "what texts are about"][7].strip(" |") == "not testable"
+    whole = results.Results(load_grid(grid, out))
+    learned = whole.grid.file.comparisons["learned"]
+    accurate, alike = (whole.difference(learned, f"exp1/{name}/finetuned") for name in ("topic", "mood"))
+    assert accurate is not None and alike is not None
+    for seed in range(3):
+        with (
+            np.load(out / f"cells/bidirectional-eot-seed{seed}/probe/text.npz") as one,
+            np.load(out / f"cells/causal-eot-seed{seed}/probe/text.npz") as other,
+        ):
+            name = "exp1/topic/finetuned"
+            assert accurate.by_seed[seed] == pytest.approx(one[name].mean() - other[name].mean(), abs=1e-6)
+            first, second = (
+                [
+                    np.corrcoef(line, file["exp1/mood/finetuned:label"])[0, 1]
+                    for line in file["exp1/mood/finetuned:score"]
+                ]
+                for file in (one, other)
+            )
+            assert alike.by_seed[seed] == pytest.approx(np.mean(first) - np.mean(second), abs=1e-6)
+    assert accurate.items == alike.items == 300
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 2 * 5
     assert {path.stem for path in (out / "report").iterdir()} == {
@@ -307,6 +348,73 @@ def test_table_and_report(grid: Path) -> None:
     }  # fmt: skip
 
 
+def test_held_out_losses_are_compared_over_seeds(
+    tmp_path: Path, recipe_tree: dict[str, Any], write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scipy.stats import ttest_rel
+
+    shards = recipe_tree["data"]["sources"]["s"]["shards"]
+    recipe_tree["evaluation"]["tasks"] = {"held": {"kind": "language", "shards": shards}}
+    recipe_tree["text"] |= {"pool": "mean", "attention": "bidirectional"}
+    del recipe_tree["image"], recipe_tree["model"]
+    write_recipe(recipe_tree | {"loss": {"kind": "mlm"}})
+    monkeypatch.setattr(report, "draw_charts", lambda *_: {})
+    path = tmp_path / "grid.toml"
+    path.write_text("""
+name = "losses"
+recipe = "recipe.toml"
+seeds = [0, 1, 2]
+headline = ["language/held/loss", "language/held/perplexity"]
+[arms.masked]
+[arms.next]
+set = ["text.attention=causal", "loss.kind=clm"]
+[comparisons.c]
+question = "Which is better?"
+first = ["masked"]
+second = ["next"]
+""")
+    assert run(path) == 0
+    found = results.Results(load_grid(path, tmp_path / "out"))
+    losses = {(row.cell, row.seed): row for row in found.rows if row.metric == "language/held/loss"}
+    assert len(losses) == 6 and {row.n for row in losses.values()} == {1000}
+    comparison = found.grid.file.comparisons["c"]
+    difference = found.difference(comparison, "language/held/loss")
+    assert difference is not None
+    first, second = ([losses[name, seed].value for seed in range(3)] for name in ("masked", "next"))
+    np.testing.assert_allclose(difference.by_seed, np.subtract(second, first))  # less is better
+    assert interval(difference).p == pytest.approx(ttest_rel(first, second).pvalue)
+    said = (tmp_path / "out/report.md").read_text()
+    assert "Not measured" not in said and "over seeds alone" in said
+    path.write_text(path.read_text().replace("seeds = [0, 1, 2]", "seeds = [0]"))
+    one = results.Results(load_grid(path, tmp_path / "out"))
+    assert one.difference(comparison, "language/held/loss") is None, "one seed tells nothing of others"
+    assert "In no test" in " ".join(summary.limits(one, []))
+
+
+def test_a_report_of_nothing_leaves_the_table_there(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no cell is finished"):
+        run(grid, report_only=True)
+    assert not (grid.parent / "out").exists()
+    monkeypatch.setattr(main, "write_report", lambda grid: None)
+    grid.write_text(GRID.replace("seeds = [0, 1]", "seeds = [0]"))
+    assert run(grid) == 0
+    table = (grid.parent / "out/table.csv").read_bytes()
+    grid.write_text(grid.read_text().replace("seeds = [0]", "seeds = [7]"))
+    with pytest.raises(ConfigError, match="no cell is finished"):
+        run(grid, report_only=True)
+    monkeypatch.setenv("STAND_IN_FAILS", ",".join(f"{m}-{p}" for m in MASKS for p in ("eot", "mean")))
+    assert run(grid) == 1
+    assert (grid.parent / "out/table.csv").read_bytes() == table
+
+
 def read_hits(out: Path, cell: str, seed: int) -> float:
     with np.load(out / f"cells/{cell}-seed{seed}/probe/text.npz") as arrays:
         return float(np.mean([arrays["exp1/topic"].mean(), arrays["exp1/order"].mean()]))
+
+
+def area(out: Path, cell: str, seed: int) -> float:
+    """Of centred cosines, which comparisons are read from."""
+    from sklearn.metrics import roc_auc_score  # pyright: ignore
+
+    with np.load(out / f"cells/{cell}-seed{seed}/probe/text.npz") as arrays:
+        return float(roc_auc_score(arrays["exp2/same/centred:label"], arrays["exp2/same/centred:score"]))

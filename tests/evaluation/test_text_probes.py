@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from clip_train.evaluation.text.compare import compare, kind_of
 from clip_train.evaluation.text.encoder import PooledEncoder, Vectors, acting_pools, joined
 from clip_train.evaluation.text.finetune import Settings
 from clip_train.evaluation.text.our_tower import OurTower
-from clip_train.evaluation.text.results import TaskResult
+from clip_train.evaluation.text.results import TaskResult, write_results
 from clip_train.evaluation.text.suite import choose
 from clip_train.evaluation.text.synesthesia import compare_task
 from clip_train.evaluation.text.tasks import EMBEDDED, TextTask, check_task, load_embedded, split_of
@@ -313,6 +314,65 @@ def test_differences_of_encoders_are_those_of_their_items() -> None:
     between = statistics.pearson(first, second).r
     expected = statistics.williams(found[1].value, found[1].reference, between, 200).p
     assert found[1].williams_p == pytest.approx(expected)
+
+
+def test_figures_of_one_step_come_together_and_of_another_go(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own, symlinks=True)
+
+    def probe(tasks: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+        assert main(["probe", str(own), "--tasks", tasks]) == 0
+        content = json.loads((own / "probe/text.json").read_text())
+        with np.load(own / "probe/text.npz") as file:
+            arrays = {name: file[name] for name in file.files}
+        assert {name.partition(":")[0] for name in arrays} == content["tasks"].keys()
+        return content, arrays, capsys.readouterr().out
+
+    first, items, said = probe("exp2/keywords,exp1/entailment")
+    assert first["encoder"]["step"] == 2 and "replaced" not in said
+    first["tasks"]["exp2/keywords"]["value"] = 9.0  # as another time would have found it
+    (own / "probe/text.json").write_text(json.dumps(first))
+    second, more, said = probe("exp2/keywords,exp2/same_picture_clipart")
+    assert second["tasks"].keys() > first["tasks"].keys() and "replaced" not in said
+    assert second["tasks"]["exp2/keywords"]["value"] < 1
+    assert second["tasks"]["exp1/entailment"] == first["tasks"]["exp1/entailment"]
+    np.testing.assert_array_equal(more["exp1/entailment"], items["exp1/entailment"])
+
+    state = own / "checkpoints/latest/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 3}))
+    third, _, said = probe("exp2/keywords")
+    assert third["encoder"]["step"] == 3
+    assert {name.split("/")[1] for name in third["tasks"]} == {"keywords"}
+    assert "step 2: replaced" in " ".join(said.split())
+
+
+def test_another_generators_figures_do_not_stay(tmp_path: Path) -> None:
+    def of(*names: str) -> list[TaskResult]:
+        return [TaskResult(name, "rank", 0.5, 0.5, "mean", 3, 0.0, {"": np.ones(3)}) for name in names]
+
+    about = {"path": "x", "step": 1}
+    assert write_results(tmp_path, about, of("exp1/topic", "exp3/nll", "exp3/nll_held")) == ""
+    assert write_results(tmp_path, about, of("exp3/nll")) == ""
+    assert json.loads((tmp_path / "text.json").read_text())["tasks"].keys() == {"exp1/topic", "exp3/nll"}
+    (tmp_path / "text.npz").write_bytes(b"PK damaged")
+    assert "read" in write_results(tmp_path, about, of("exp2/keywords"))
+    with np.load(tmp_path / "text.npz") as file:
+        assert file.files == ["exp2/keywords"]
+
+
+def test_a_generator_that_is_not_finished_is_none(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/generator/stages").mkdir(parents=True)  # a training that was cut
+    monkeypatch.setattr(
+        "clip_train.evaluation.text.suite.run_suite", lambda *_, pictures, **__: [] if pictures is None else 1
+    )
+    assert main(["probe", str(run), "--out", "out"]) == 0
+    assert main(["probe", str(run), "--out", "out", "--tasks", "exp3"]) == 2
+    assert "no generator here" in capsys.readouterr().err
 
 
 def test_the_command_names_the_mistake(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

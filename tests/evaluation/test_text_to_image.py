@@ -297,12 +297,26 @@ def test_training_that_was_cut_goes_on_to_the_same_bits(
     assert sorted(path.name for path in (tmp_path / "g").iterdir()) == [ABOUT, WEIGHTS]
 
 
-def test_commands(folder: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(
+    folder: Path,
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setitem(stages.BUDGETS, "small", QUICK)
     out = str(tmp_path / "g")
     command = ["generator", "train", "--out", out, "--budget", "small", "--train", shards, "--test", f"again={shards}"]
     assert cli.main(command) == 0
     made = load_generator(out)
+    before = (tmp_path / "g" / WEIGHTS).read_bytes()
+    for other in (["--budget", "full"], ["--seed", "1"], ["--test", f"x={shards}"]):
+        assert cli.main([*command, *other]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "other settings" in said and "--out" in said and other[0].removeprefix("--budget").strip("-") in said
+    assert (tmp_path / "g" / WEIGHTS).read_bytes() == before, "what was probed with stays"
+    assert cli.main(command) == 0, "the same again is no other"
+    assert load_generator(out).fingerprint == made.fingerprint
     assert set(made.test.sets) == {"again", "again_held"}
 
     write_results(tmp_path / "run" / "probe", {"name": "x"}, exp3(BagOfWords(), made, budget="small"))

@@ -177,23 +177,35 @@ def test_groups_and_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tables"),
+    ("text", "tables", "loss"),
     [
-        ({"width": 16, "layers": 1, "heads": 2}, {"token_embedding.weight", "positional_embedding"}),
-        ({"kind": "t5", "width": 16, "layers": 1, "heads": 2}, {"token_embedding.weight", "relative_bias.weight"}),
+        ({"width": 16, "layers": 1, "heads": 2}, {"token_embedding.weight", "positional_embedding"}, "infonce"),
+        (
+            {"kind": "t5", "width": 16, "layers": 1, "heads": 2},
+            {"token_embedding.weight", "relative_bias.weight"},
+            "mlm",
+        ),
         (
             {"kind": "transformers", "name": "gpt2", "arguments": {"n_embd": 16, "n_layer": 1, "n_head": 2}},
             {"backbone.wte.weight", "backbone.wpe.weight"},
+            "infonce",
         ),
         (
             {"kind": "transformers", "name": "t5", "arguments": {"d_model": 16, "num_layers": 1, "num_heads": 2}},
             {"backbone.shared.weight", "backbone.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"},
+            "mlm",
         ),
     ],
 )
-def test_tables_are_not_orthogonalized(text: dict[str, Any], tables: set[str], recipe_tree: dict[str, Any]) -> None:
+def test_tables_are_not_orthogonalized(
+    text: dict[str, Any], tables: set[str], loss: str, recipe_tree: dict[str, Any]
+) -> None:
     recipe_tree["text"], recipe_tree["optimizer"] = text, {"kind": "muon", "lr": 1e-3}
-    recipe = parse_recipe(recipe_tree | {"tokenizer": {"context_length": 12}})
+    recipe_tree["tokenizer"] = {"context_length": 12}
+    if loss == "mlm":
+        recipe_tree["loss"] = {"kind": "mlm"}
+        del recipe_tree["image"], recipe_tree["model"], recipe_tree["evaluation"]
+    recipe = parse_recipe(recipe_tree)
     model = build_model(recipe, build_tokenizer(recipe))
     optimizer, names = build_optimizer(recipe, model), {p: name for name, p in model.named_parameters()}
     hidden = {names[p] for group in optimizer.param_groups if group["orthogonalize"] for p in group["params"]}

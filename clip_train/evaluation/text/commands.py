@@ -18,7 +18,6 @@ from clip_train.errors import UserError
 if TYPE_CHECKING:
     from clip_train.evaluation.text.compare import Difference
     from clip_train.evaluation.text.results import TaskResult
-    from clip_train.evaluation.text.tasks import TextTask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
     parser.add_argument(
         "--generator", type=Path, metavar="DIR",
-        help="experiment 3: a generator that `clip-train generator train` made (default: runs/generator where it is)",
+        help="experiment 3: what `clip-train generator train` made (default: runs/generator where it is finished)",
     )  # fmt: skip
     parser.add_argument("--budget", choices=["full", "small"], default="full", help="of experiment 3")
     parser.set_defaults(run=run_probe)
@@ -73,10 +72,10 @@ def probe_texts(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     from clip_train.evaluation.text.encoder import is_ours, open_encoder
     from clip_train.evaluation.text.finetune import Settings
-    from clip_train.evaluation.text.suite import EXP3, Pictures, choose, run_suite, save_suite
+    from clip_train.evaluation.text.suite import EXP3, Pictures, choose, run_suite, save_suite, tasks_from_elsewhere
 
     wanted = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    tasks = choose(wanted, _extra(args))
+    tasks = choose(wanted, tasks_from_elsewhere(args.sentiment, args.glue, args.glue_limit))
     finetune = Settings(epochs=args.epochs, lr=args.lr, seeds=args.seeds) if args.finetune else None
     generator = _generator(args.generator, asked=EXP3 in wanted) if not wanted or EXP3 in wanted else None
     places = _places(args.encoders, args.out)
@@ -94,7 +93,9 @@ def probe_texts(args: argparse.Namespace) -> int:
             found[name] = run_suite(
                 encoder, tasks, finetune=finetune, pictures=pictures, advance=partial(_advance, progress, bar, name)
             )
-        save_suite(encoder, path, out, found[name])
+        gone = save_suite(encoder, path, out, found[name])
+        if gone:
+            console.print(f"{out / 'text.json'}: held {gone}: replaced", soft_wrap=True)
         console.print(table_of(name, found[name]))
         console.print(f"{out / 'text.json'}, {out / 'text.npz'}", soft_wrap=True)
     if len(found) > 1:
@@ -115,29 +116,13 @@ SUITES: dict[str, Callable[[argparse.Namespace], int]] = {"text": probe_texts}
 """By name; each writes NAME.json and NAME.npz."""
 
 
-def _extra(args: argparse.Namespace) -> list[TextTask]:
-    """Tasks from elsewhere."""
-    found: list[TextTask] = []
-    if args.sentiment is not None:
-        from clip_train.evaluation.text.sentiment import read_sentiment
-
-        found += read_sentiment(args.sentiment)
-    if args.glue is not None:
-        from clip_train.evaluation.text.glue import read_glue
-
-        source, _, names = args.glue.partition(":")
-        found += read_glue(source, [name for name in names.split(",") if name], limit=args.glue_limit)
-    return found
-
-
 def _generator(folder: Path | None, *, asked: bool) -> Any:
-    """The generator that was given, or the default one; None where there is none and none was asked for."""
+    """The generator that was given, or the default one; None where there is none finished and none was asked for."""
     from clip_train.evaluation.text_to_image.commands import DEFAULT
+    from clip_train.evaluation.text_to_image.generator import ABOUT, load_generator
 
-    if folder is None and not DEFAULT.is_dir() and not asked:
+    if folder is None and not (DEFAULT / ABOUT).is_file() and not asked:
         return None
-    from clip_train.evaluation.text_to_image.generator import load_generator
-
     return load_generator(folder or DEFAULT)
 
 

@@ -22,6 +22,7 @@ class OurTower:
     """A text tower with its vocabulary, and the projection behind it where it is a CLIP's.
 
     Args:
+        step: of the checkpoint that it is of.
         weights: which of a checkpoint's they are; None of what was no checkpoint.
     """
 
@@ -30,9 +31,10 @@ class OurTower:
         text: nn.Module,
         tokenizer: BPETokenizer,
         projection: nn.Module | None = None,
+        step: int | None = None,
         weights: Weights | None = None,
     ) -> None:
-        self.module, self.tokenizer, self.projection = text, tokenizer, projection
+        self.module, self.tokenizer, self.projection, self.step = text, tokenizer, projection, step
         self.weights: Weights | None = weights
         self.width = int(text.width)  # pyright: ignore[reportArgumentType]
         self.pad, self.eot_id = tokenizer.pad, tokenizer.eot
@@ -72,5 +74,7 @@ def open_tower(path: Path, weights: Weights | None = None) -> OurTower:
     weights = weights or read_recipe(checkpoint).evaluation.weights
     loaded = load_any(checkpoint, weights=weights)
     if isinstance(loaded, LoadedLanguageModel):
-        return OurTower(loaded.model.towers["text"], loaded.tokenizer, weights=weights)
-    return OurTower(loaded.model.text, loaded.tokenizer, loaded.model.text_projection, weights=weights)
+        return OurTower(loaded.model.towers["text"], loaded.tokenizer, step=loaded.step, weights=weights)
+    return OurTower(
+        loaded.model.text, loaded.tokenizer, loaded.model.text_projection, step=loaded.step, weights=weights
+    )

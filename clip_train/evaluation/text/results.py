@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,18 +43,56 @@ class TaskResult:
         return figures | self.more
 
 
-def write_results(out: Path, encoder: dict[str, Any], results: Sequence[TaskResult]) -> None:
+def write_results(out: Path, encoder: Mapping[str, Any], results: Sequence[TaskResult]) -> str:
     """`out/text.json` and `out/text.npz`, each whole or not at all.
 
-    Items are in an order that depends on the task alone, so those of two encoders pair up.
+    Tasks that are there already of the same encoder (its path, step and weights) stay beside those of `results`. Items are in an
+    order that depends on the task alone, so those of two encoders pair up.
+
+    Returns:
+        What was there and is gone, being of another encoder: for a message, else empty.
     """
     out.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{one.name}{suffix}": items.astype(np.float32) for one in results for suffix, items in one.items.items()}
+    kept, arrays, gone = _kept(out, encoder, results)
+    arrays |= {
+        f"{one.name}{suffix}": items.astype(np.float32) for one in results for suffix, items in one.items.items()
+    }
     aside = out / "text.npz.part"
     with aside.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     aside.replace(out / "text.npz")
-    content = {"encoder": encoder, "tasks": {one.name: one.as_json() for one in results}}
+    content = {"encoder": dict(encoder), "tasks": kept | {one.name: one.as_json() for one in results}}
     aside = out / "text.json.part"
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     aside.replace(out / "text.json")
+    return gone
+
+
+def _kept(
+    out: Path, encoder: Mapping[str, Any], results: Sequence[TaskResult]
+) -> tuple[dict[str, Any], dict[str, Array], str]:
+    """Tasks of the same encoder that are not in `results`, their items, and what else was there."""
+    if not (out / "text.json").exists():
+        return {}, {}, ""
+    try:
+        known = json.loads((out / "text.json").read_text(encoding="utf-8"))
+        about, tasks = dict(known["encoder"]), dict(known["tasks"])
+        with np.load(out / "text.npz", allow_pickle=False) as file:
+            arrays: dict[str, Array] = {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+        return {}, {}, "what could not be read"
+    if any(about.get(key) != encoder.get(key) for key in ("path", "step", "weights")):
+        return (
+            {},
+            {},
+            f"the figures of {about.get('path')}, step {about.get('step', 'unknown')}, weights {about.get('weights')}",
+        )
+    new = {one.name for one in results}
+    # Which figures experiment 3 has depends on the generator: another one's must not stay beside the new.
+    drawn = any(name.startswith("exp3/") for name in new)
+    stay = {name for name in tasks if name not in new and not (drawn and name.startswith("exp3/"))}
+    return (
+        {name: tasks[name] for name in tasks if name in stay},
+        {name: array for name, array in arrays.items() if name.partition(":")[0] in stay},
+        "",
+    )

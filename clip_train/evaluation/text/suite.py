@@ -46,6 +46,29 @@ def choose(wanted: Sequence[str], extra: Sequence[TextTask] = ()) -> Chosen:
             for name in chosen]  # fmt: skip
 
 
+def tasks_from_elsewhere(sentiment: Path | None, glue: str | None, glue_limit: int) -> list[TextTask]:
+    """Tasks of experiment 1 that do not ship with the project.
+
+    Args:
+        sentiment: as `read_sentiment`.
+        glue: `hub` or a folder, and behind a colon the names of some tasks.
+        glue_limit: training texts of a task of GLUE at most.
+
+    Raises DataError where they are not there or cannot be read.
+    """
+    found: list[TextTask] = []
+    if sentiment is not None:
+        from clip_train.evaluation.text.sentiment import read_sentiment
+
+        found += read_sentiment(sentiment)
+    if glue is not None:
+        from clip_train.evaluation.text.glue import read_glue
+
+        source, _, names = glue.partition(":")
+        found += read_glue(source, [name for name in names.split(",") if name], limit=glue_limit)
+    return found
+
+
 @dataclass(frozen=True)
 class Pictures:
     """What experiment 3 needs."""
@@ -99,11 +122,12 @@ def run_suite(
     return results
 
 
-def save_suite(encoder: PooledEncoder, path: Path, out: Path, results: Sequence[TaskResult]) -> None:
-    """`text.json` and `text.npz`."""
+def save_suite(encoder: PooledEncoder, path: Path, out: Path, results: Sequence[TaskResult]) -> str:
+    """`text.json` and `text.npz`; what was there of another encoder or step and is gone (see `write_results`)."""
     about: dict[str, Any] = {
-        "name": encoder.name, "path": str(path), "width": encoder.width, "pools": list(encoder.pools),
+        "name": encoder.name, "path": str(path.resolve()), "step": encoder.tower.step, "width": encoder.width,
+        "pools": list(encoder.pools),
         "weights": encoder.tower.weights,
         "parameters": sum(parameter.numel() for parameter in encoder.tower.module.parameters()),
     }  # fmt: skip
-    write_results(out, about, results)
+    return write_results(out, about, results)

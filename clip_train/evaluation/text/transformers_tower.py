@@ -52,6 +52,7 @@ class TransformersTower:
         self.module, self.tokenizer, self.longest, self.projection = model, tokenizer, longest, projection
         self.own: FreePool = own
         self.weights: Weights | None = None
+        self.step: int | None = None  # no file of theirs says
         self._clean = clean
         config: Any = model.config
         self.width = int(getattr(config, "hidden_size", None) or config.d_model)

@@ -6,6 +6,7 @@ gives the same bits, and the same fingerprint.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import time
@@ -18,12 +19,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clip_train.errors import DataError
+from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.text_to_image.classifier import attributes_of, rank_scores, recall_at, targets_of
 from clip_train.evaluation.text_to_image.codebook import Codebook
 from clip_train.evaluation.text_to_image.colours import CAPTIONS, colour_scores, dominant_colour, named_colour
 from clip_train.evaluation.text_to_image.fitting import train_classifier, train_codebook, train_model
-from clip_train.evaluation.text_to_image.generator import Generator, Part, build, save_generator
+from clip_train.evaluation.text_to_image.generator import ABOUT, Generator, Part, build, save_generator
 from clip_train.evaluation.text_to_image.model import words_of
 from clip_train.evaluation.text_to_image.pictures import Pictures, read_pictures, share
 from clip_train.evaluation.text_to_image.stages import Settings, Stages
@@ -54,8 +55,10 @@ def train_generator(
             names are held out of any training. Names of `train` that are held out are measured where `test` is empty.
 
     Raises:
+        ConfigError: `out` holds a finished generator of other settings or data.
         DataError: shards, columns or captions that cannot be used; too few pictures.
     """
+    refuse_another(out, {"settings": asdict(settings), "data": {"train": train, "test": test}})
     started, cpu = time.perf_counter(), time.process_time()
     pictures = read_pictures(train, settings.size, image=image, caption=caption)
     folds = pictures.split()
@@ -102,6 +105,29 @@ def train_generator(
     fingerprint = save_generator(generator, out)
     stages.clear()
     return replace(generator, fingerprint=fingerprint)
+
+
+def refuse_another(out: Path, wanted: dict[str, dict[str, Any]]) -> None:
+    """Raises ConfigError where `out` holds a finished generator of other settings or data: encoders were probed with
+    it, and their figures would compare with nothing any more.
+    """
+    if not (out / ABOUT).is_file():
+        return
+    try:
+        content: dict[str, Any] = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+        known = {part: dict(content[part]) for part in wanted}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{out / ABOUT}: cannot be read: {error}; give another --out, or delete {out}") from None
+    other = [
+        f"{key} {known[part].get(key)!r}, not {value!r}"
+        for part, values in wanted.items()
+        for key, value in values.items()
+        if known[part].get(key) != value
+    ]
+    if other:
+        raise ConfigError(
+            f"{out} holds a finished generator of other settings ({'; '.join(other)}): give another --out, or delete it"
+        )
 
 
 def test_pictures(sets: dict[str, Pictures]) -> list[tuple[str, Pictures]]:
