@@ -345,7 +345,7 @@ def test_figures_of_one_step_come_together_and_of_another_go(
     third, _, said = probe("exp2/keywords")
     assert third["encoder"]["step"] == 3
     assert {name.split("/")[1] for name in third["tasks"]} == {"keywords"}
-    assert "step 2: replaced" in " ".join(said.split())
+    assert "step 2, weights raw: replaced" in " ".join(said.split())
 
 
 def test_another_generators_figures_do_not_stay(tmp_path: Path) -> None:

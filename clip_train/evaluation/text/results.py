@@ -46,8 +46,8 @@ class TaskResult:
 def write_results(out: Path, encoder: Mapping[str, Any], results: Sequence[TaskResult]) -> str:
     """`out/text.json` and `out/text.npz`, each whole or not at all.
 
-    Tasks that are there already of the same encoder (its path, step and weights) stay beside those of `results`. Items are in an
-    order that depends on the task alone, so those of two encoders pair up.
+    Tasks that are there already of the same encoder (its path, step and weights) stay beside those of `results`. Items
+    are in an order that depends on the task alone, so those of two encoders pair up.
 
     Returns:
         What was there and is gone, being of another encoder: for a message, else empty.
