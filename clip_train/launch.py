@@ -79,10 +79,8 @@ def run_recipe(
             evaluate=evaluate_now,
             allow_changed=allow_changed,
         )
-        if process.is_main:
-            mark_interrupted(run_dir, outcome.signal, outcome.step)
-            if outcome.signal is not None:
-                console.print(f"stopped by signal {outcome.signal} at step {outcome.step}, saved: run again to go on")
+        if process.is_main and outcome.signal is not None:
+            console.print(f"stopped by signal {outcome.signal} at step {outcome.step}, saved: run again to go on")
     return exit_code(outcome.signal)
 
 

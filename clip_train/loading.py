@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_train.config.load import parse_toml
-from clip_train.config.schema import Recipe
+from clip_train.config.schema import Recipe, Timm
 from clip_train.data.transforms import Preprocess
 from clip_train.errors import CheckpointError
 from clip_train.from_recipe.data import build_preprocess
@@ -145,7 +145,10 @@ def _without_weights(recipe: Recipe, tokenizer: BPETokenizer) -> TwoTower | Lang
             model = build_model(recipe, tokenizer)
         if model.state_dict().keys() >= {name for name, _ in model.named_buffers()}:
             return model
-    return build_model(recipe, tokenizer)
+    if isinstance(recipe.image, Timm):  # its weights come from the checkpoint
+        recipe = recipe.model_copy(update={"image": recipe.image.model_copy(update={"pretrained": False})})
+    with torch.random.fork_rng(devices=[]):
+        return build_model(recipe, tokenizer)
 
 
 def read_recipe(checkpoint: Checkpoint) -> Recipe:

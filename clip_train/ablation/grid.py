@@ -246,6 +246,7 @@ def probe_key(cell: Cell, grid: Grid) -> str:
     if grid.generator is not None:
         parts.append(grid.generator)
     said = _said(grid.file.probe)
+    said.pop("device", None)
     if said:
         parts.append(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16])
     return "-".join(parts)

@@ -93,6 +93,8 @@ def check(grid: Grid) -> None:
     """
     if grid.file.probes:
         _check_probe(grid.file.probe)
+    elif not any(cell.recipe.evaluation.tasks for cell in grid.runs):
+        raise ConfigError("nothing would be measured: give the grid probes = ['text'], or its recipe evaluation.tasks")
     built: set[str] = set()
     for cell in grid.runs:
         try:
@@ -103,7 +105,8 @@ def check(grid: Grid) -> None:
 
 
 def _check_cell(grid: Grid, cell: Cell, built: set[str]) -> None:
-    _check_initial(grid, cell)
+    if not folders.is_finished(grid, cell):
+        _check_initial(grid, cell)
     recipe = set_values(cell.recipe, ["training.seed=0", "name=cell"])
     if not Path(recipe.tokenizer.path).exists() and _comes_before(grid, cell, recipe.tokenizer.path):
         # It is not learned yet; the shipped one finds the same contradictions.
@@ -145,9 +148,13 @@ def _check_initial(grid: Grid, cell: Cell) -> None:
 
 
 def _comes_before(grid: Grid, cell: Cell, path: str) -> bool:
-    """Whether a file is made before the cell is run: the grid's vocabulary, or what the cell it comes after writes."""
-    earlier = cell.after is not None and Path(path).is_relative_to(grid.folder(cell.after))
-    return earlier or path == str(grid.vocabulary)
+    """Whether a file is made before the cell is run: the grid's vocabulary, or what a cell it comes after writes."""
+    earlier = cell.after
+    while earlier is not None:
+        if Path(path).is_relative_to(grid.folder(earlier)):
+            return True
+        earlier = grid.cell(earlier).after
+    return path == str(grid.vocabulary)
 
 
 def part_of(runs: Sequence[Cell], share: str | None) -> list[Cell]:

@@ -106,9 +106,7 @@ class Results:
         if headline not in EXPERIMENTS:
             return [name for name in self.metrics if name == headline]
         of_experiment = [name for name in self.metrics if name.startswith(f"{headline}/")]
-        if (
-            headline == "exp2"
-        ):  # raw cosines hold a direction that texts share, more of it in some towers than in others
+        if headline == "exp2":  # raw cosines hold a direction that all texts share, more of it in some towers
             return [name for name in of_experiment if name.endswith("/centred")]
         return [name for name in of_experiment if name.count("/") == 1]
 

@@ -150,8 +150,19 @@ def _merge(base: Tree, top: Tree) -> Tree:
 
 
 def _apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
-    """In order, but kinds first: another kind takes away keys of the recipe, never one that was given beside it."""
-    for override in sorted(overrides, key=lambda one: not one.partition("=")[0].strip().endswith(".kind")):
+    """In order, but a table's kind before what was given of it: another kind takes away keys of the recipe alone."""
+    ordered: list[tuple[str, str]] = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        table, place = key.removesuffix("kind"), len(ordered)
+        if key.endswith(".kind"):
+            for number, (before, _) in reversed(list(enumerate(ordered))):
+                if before == key or table.startswith(f"{before}."):  # an earlier kind, or the whole table
+                    break
+                if before.startswith(table):
+                    place = number
+        ordered.insert(place, (key, override))
+    for _, override in ordered:
         _apply_override(tree, override)
 
 
@@ -171,7 +182,7 @@ def _apply_override(tree: Tree, override: str) -> None:
         if parts[:-1] == [table] and parts[-1] in keys and value is not None:
             _drop_others(node, {parts[-1]: value}, keys)
     if parts[-1] == "kind" and node.get("kind") != value:
-        sized = parts == ["text", "kind"] and value != "transformers" != node.get("kind")
+        sized = parts == ["text", "kind"] and "transformers" not in (value, node.get("kind"))
         kept = {key: node[key] for key in TEXT_SIZES if sized and key in node}
         node.clear()  # another kind has other keys
         node.update(kept)

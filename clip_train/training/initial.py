@@ -1,8 +1,8 @@
 """Starting from another run's weights, all of them or a tower's: fine-tuning, also at another picture size or caption
 length, and CLIPs whose text tower learned from text first.
 
-What no shape tells (heads, activations, …) must be as it was; another mask or pool is announced. Only position
-embeddings may differ in shape. A ViT's or ResNet's grid of positions is resized (bicubic, antialiased, as
+What no shape tells (heads, activations, …) must be as it was in towers of our own; another mask or pool is announced.
+Only position embeddings may differ in shape. A ViT's or ResNet's grid of positions is resized (bicubic, antialiased, as
 open_clip and timm do), its class token's kept; a text table is cut, or stretched linearly to a longer cap.
 """
 
@@ -34,8 +34,13 @@ this one does."""
 
 ANNOUNCED = ("attention", "padding", "pool")
 """Keys of a tower that may differ from those it was trained with, which is said."""
-IGNORED = ("image_size", "patch_dropout", "pretrained", "name", "path", "arguments")
-"""Those that shapes tell, that act on training alone, or that say where a tower came from."""
+IGNORED = (
+    "image_size", "mlp_ratio", "head_dim", "hidden",  # shapes tell
+    "projection", "projection_bias",  # stand behind the tower
+    "patch_dropout", "pretrained", "name", "path", "arguments",  # act on training alone, say where a tower came from
+)  # fmt: skip
+"""Keys that are not compared. Among the `arguments` of timm and transformers some (dropout) may change freely, others
+should not: only their shapes are looked at."""
 
 
 def load_initial(
@@ -78,11 +83,9 @@ def load_initial_tower(
     checkpoint = read_checkpoint(path)
     if prefix == "text":
         _check_vocabulary(checkpoint, tokenizer, key)
+    _check_settings(checkpoint, recipe, prefix, key, notify)
     start = f"{prefix}."
     tensors = {name.removeprefix(start): t for name, t in checkpoint.model().items() if name.startswith(start)}
-    if not tensors:
-        raise CheckpointError(f"{key} = {str(path)!r}: this checkpoint has no {prefix} tower")
-    _check_settings(checkpoint, recipe, prefix, key, notify)
     expected = tower.state_dict()
     _fit_positions(tensors, expected, prefix, path, notify)
     if prefix == "text":
@@ -108,8 +111,10 @@ def _check_vocabulary(checkpoint: Checkpoint, tokenizer: BPETokenizer, key: str)
 def _check_settings(
     checkpoint: Checkpoint, recipe: Recipe, prefix: str, key: str, notify: Callable[[str], Any]
 ) -> None:
-    """Raises CheckpointError where a tower's table in the recipe says otherwise than that of the checkpoint."""
+    """Raises CheckpointError where the checkpoint has no such tower, or its recipe says otherwise of it."""
     theirs = parse_toml(checkpoint.recipe_toml, where=str(checkpoint.path / "recipe.toml"))
+    if getattr(theirs, prefix) is None:
+        raise CheckpointError(f"{key} = {str(checkpoint.path)!r}: this checkpoint has no {prefix} tower")
     before, now = (getattr(one, prefix).model_dump(mode="json") for one in (theirs, recipe))
     changed = {
         name: (now.get(name), before.get(name)) for name in {**now, **before} if now.get(name) != before.get(name)

@@ -35,7 +35,7 @@ from clip_train.training.progress import TrainingProgress
 from clip_train.training.run_state import is_save_due, open_saver, save, save_aside
 from clip_train.training.saving import Saver
 from clip_train.training.setup import Run, set_up
-from clip_train.training.signals import StopFlag, stop_signals
+from clip_train.training.signals import StopFlag, mark_interrupted, stop_signals
 from clip_train.training.tally import SourceTally, flatten
 from clip_train.training.update import train_step
 from tokenizer import BPETokenizer
@@ -72,7 +72,10 @@ def train(
     with watchdog(process, recipe.faults.stall_minutes):
         run = set_up(recipe, run_dir, process, resume=resume, allow_changed=allow_changed, console=console)
         with stop_signals() as stop, open_saver(run) as saver:
-            return loop(run, stop, evaluate, saver)
+            outcome = loop(run, stop, evaluate, saver)
+            if process.is_main:  # before the same signal may come again, from torchrun: then it would end the process
+                mark_interrupted(run_dir, outcome.signal, outcome.step)
+            return outcome
 
 
 def loop(run: Run, stop: StopFlag, evaluate: Evaluate, saver: Saver) -> Outcome:

@@ -181,7 +181,7 @@ def probed_with(command: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.setattr("clip_train.evaluation.text.suite.run_suite", suite)
     monkeypatch.setattr("clip_train.evaluation.text.suite.save_suite", lambda *_: "")
     monkeypatch.setattr(
-        "clip_train.evaluation.text.encoder.open_encoder", lambda path, device: asked.update(device=device)
+        "clip_train.evaluation.text.encoder.open_encoder", lambda path, device, weights: asked.update(device=device)
     )
     monkeypatch.setattr("clip_train.evaluation.text_to_image.generator.load_generator", str)
     assert main(command) == 0

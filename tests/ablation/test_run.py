@@ -213,7 +213,6 @@ def test_a_cut_run_goes_on_with_real_training(
     """SIGTERM reaches the training, which saves and ends; the same command goes on from there."""
     recipe_tree["training"]["steps"] = 3000
     recipe_tree["checkpoint"]["every_steps"] = 5
-    recipe_tree["evaluation"]["tasks"] = {}
     recipe = write_recipe(recipe_tree)
     grid = tmp_path / "grid.toml"
     grid.write_text('name = "cut"\nrecipe = "recipe.toml"\nseeds = [0]\n[arms.only]\n')

@@ -67,6 +67,14 @@ def test_another_kind_is_of_the_same_size_and_keeps_what_was_given_beside_it(kin
         load_recipe("debug", ["text.padding=attended", f"text.kind={kind}"])
 
 
+def test_what_is_given_of_a_table_as_a_whole_stays_before_its_parts() -> None:
+    task = ["evaluation.tasks.held.kind=retrieval", "evaluation.tasks.held.shards=embedded:pictograms/train-000000.tar"]
+    recipe = load_recipe("debug", ["evaluation.tasks=none", *task, "evaluation.tasks.held.image=webp"])
+    assert list(recipe.evaluation.tasks) == ["held"]
+    assert load_recipe("debug", ["text.kind=t5", "text.pool=max", "text.kind=bert"]).text.kind == "bert"
+    assert load_recipe("debug", ['text={kind="t5", width=64}', "text.kind=bert"]).text.kind == "bert"
+
+
 def test_to_transformers_and_back_no_size_is_carried_along() -> None:
     there = ["text.kind=transformers", "text.name=bert"]
     assert load_recipe("debug", there).text.kind == "transformers"

@@ -386,7 +386,7 @@ def test_the_command_names_the_mistake(run: Path, tmp_path: Path, capsys: pytest
     ("arguments", "says"),
     [
         (["absent"], "no such"),
-        (["empty"], "empty"),
+        (["folder"], "no checkpoint"),
         (["--finetune", "--epochs", "0"], "epochs = 0"),
         (["--finetune", "--seeds", "0"], "seeds = 0"),
         (["--finetune", "--lr", "nan"], "lr = nan"),
@@ -396,7 +396,7 @@ def test_a_mistake_is_named_before_anything_is_probed(
     arguments: list[str], says: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "probe_task", lambda *_: pytest.fail("it was probed"))
     assert main(["probe", str(run), *arguments, "--tasks", "exp1/topic", "--out", "out"]) == 2

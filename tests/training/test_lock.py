@@ -136,10 +136,12 @@ def test_towers_that_are_not_there_or_do_not_fit_are_refused(
         (["training.init_text", "text.activation=quick_gelu"], "activation = 'quick_gelu' here, 'gelu' there"),
         (["training.init_text", "text.kind=modern"], "text.kind = 'modern' here, 'transformer' there"),
         (["training.init", "image.heads=4"], "image.heads = 4 here, 2 there"),
+        (["training.init", "training.init={mlm}"], "this checkpoint has no image tower"),
     )
     assert main(["train", recipe, "--run-dir", str(tmp_path / "clip")]) == 0
     for (key, *others), message in cases:
         sets = [f"{key}={tmp_path / ('clip' if key == 'training.init' else 'mlm')}", *others]
+        sets = [one.replace("{mlm}", str(tmp_path / "mlm")) for one in sets]
         arguments = [part for one in sets for part in ("--set", one)]
         assert main(["train", recipe, "--run-dir", str(tmp_path / "no"), *arguments]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
@@ -153,3 +155,14 @@ def test_another_mask_is_announced(
     start = ["--set", f"training.init_text={tmp_path / 'mlm'}", "--set", "text.attention=causal"]
     assert main(["train", recipe, "--run-dir", str(tmp_path / "run"), *start]) == 0
     assert "text.attention: causal here, bidirectional in" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_stands_behind_a_tower_may_be_another(tree: dict[str, Any], write_recipe: Write, tmp_path: Path) -> None:
+    """SigLIP's projection has a bias, a language model's tower none at all."""
+    assert main(["train", str(write_recipe(text_only(tree))), "--run-dir", str(tmp_path / "mlm")]) == 0
+    recipe = str(write_recipe(tree))
+    start = ["--set", f"training.init_text={tmp_path / 'mlm'}", "--set", "text.projection_bias=true"]
+    assert main(["train", recipe, "--run-dir", str(tmp_path / "run"), *start]) == 0
+    before, after = weights(tmp_path / "mlm"), weights(tmp_path / "run")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if name.startswith("text."))
+    assert "text_projection.bias" in after

@@ -82,11 +82,8 @@ def _kept(
     except (OSError, ValueError, KeyError, TypeError, BadZipFile):
         return {}, {}, "what could not be read"
     if any(about.get(key) != encoder.get(key) for key in ("path", "step", "weights")):
-        return (
-            {},
-            {},
-            f"the figures of {about.get('path')}, step {about.get('step', 'unknown')}, weights {about.get('weights')}",
-        )
+        gone = f"{about.get('path')}, step {about.get('step', 'unknown')}, weights {about.get('weights')}"
+        return {}, {}, f"the figures of {gone}"
     new = {one.name for one in results}
     # Which figures experiment 3 has depends on the generator: another one's must not stay beside the new.
     drawn = any(name.startswith("exp3/") for name in new)

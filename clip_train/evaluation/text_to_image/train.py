@@ -58,7 +58,8 @@ def train_generator(
         ConfigError: `out` holds a finished generator of other settings or data.
         DataError: shards, columns or captions that cannot be used; too few pictures.
     """
-    refuse_another(out, {"settings": asdict(settings), "data": {"train": train, "test": test}})
+    data = {"train": train, "test": test, "image": image, "caption": caption}
+    refuse_another(out, {"settings": asdict(settings), "data": data})
     started, cpu = time.perf_counter(), time.process_time()
     pictures = read_pictures(train, settings.size, image=image, caption=caption)
     folds = pictures.split()
@@ -84,7 +85,7 @@ def train_generator(
     tests = part_of(codebook, asked)
     about = {
         "settings": asdict(settings),
-        "data": {"train": train, "test": test},
+        "data": data,
         "pictures": {"train": len(learned), "dev": len(dev), "test": dict(Counter(tests.sets))},
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()},
     }  # fmt: skip
@@ -115,7 +116,7 @@ def refuse_another(out: Path, wanted: dict[str, dict[str, Any]]) -> None:
         return
     try:
         content: dict[str, Any] = json.loads((out / ABOUT).read_text(encoding="utf-8"))
-        known = {part: dict(content[part]) for part in wanted}
+        known = {part: values | dict(content[part]) for part, values in wanted.items()}  # older files lack some
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{out / ABOUT}: cannot be read: {error}; give another --out, or delete {out}") from None
     other = [
