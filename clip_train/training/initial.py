@@ -30,8 +30,6 @@ POSITIONS = ("positional_embedding", "attention_pool.positional_embedding")
 OWN_POOLS = ("attention_pool.",)
 """Of a text tower, what stands behind its tokens: fresh where the other tower pooled without weights, left away where
 this one does."""
-
-
 ANNOUNCED = ("attention", "padding", "pool")
 """Keys of a tower that may differ from those it was trained with, which is said."""
 IGNORED = (

@@ -92,6 +92,10 @@ def test_an_own_kind_named_again_keeps_the_sizes() -> None:
         (["text.pool=cls"], "attention='causal' contradicts pool='cls'"),
         (["text.padding=attended"], "padding='attended' contradicts attention='causal'"),
         (["text.kind=transformers"], "give either name"),
+        (
+            ["text.kind=t5", "text.width=64", "text.heads=6", "text.head_dim=8", "text.pool=map"],
+            "heads that divide the width: 6 do not divide 64",
+        ),
         (["text.kind=modern", "text.pool=cls"], "attention='causal' contradicts pool='cls'"),
     ],
 )
